@@ -1,0 +1,130 @@
+"""Losses and scores of the five kinds of target (spec section 2), and of pretraining (spec section 2.1).
+
+A loss is a float32 scalar before any loss scale; a score is one number in [0, 1] per example, higher is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.model.randomness import Randomness
+from engine.model.trunk import Need
+from engine.model.vilbert import ViLBERT
+from kernels.masked_lm_loss import masked_lm_loss
+from kernels.masked_region_loss import masked_region_loss
+from kernels.soft_label_bce import soft_label_bce
+from pipelines.batch import (
+    Batch,
+    ChoiceTarget,
+    ClassTarget,
+    OptionTarget,
+    RegionTarget,
+    SoftLabelTarget,
+)
+
+ACCEPTED_IOU = 0.5
+"""A region counts as found above this IoU with the true box (spec section 2)."""
+
+LossAndScore = tuple[Tensor, Tensor]
+
+
+def loss_and_score(logits: Tensor, batch: Batch) -> LossAndScore:
+    """(loss, score per example [B]) of a head's logits; the type of the batch's target decides."""
+    return _KINDS[type(batch.target)](logits.float(), batch.target, batch)
+
+
+def _soft_labels(logits: Tensor, target: SoftLabelTarget, _: Batch) -> LossAndScore:
+    return soft_label_bce(logits, target.offsets, target.labels, target.scores)
+
+
+def _options(logits: Tensor, target: OptionTarget, _: Batch) -> LossAndScore:
+    """Softmax cross-entropy over an example's options. A tie is wrong: a constant model must not score 100 %."""
+    logits = logits.view(target.index.numel(), -1)
+    loss = F.cross_entropy(logits, target.index)
+    right = logits.detach().gather(1, target.index[:, None])
+    others = logits.detach().scatter(1, target.index[:, None], float("-inf")).amax(1)
+    return loss, (right[:, 0] > others).float()
+
+
+def _regions(logits: Tensor, target: RegionTarget, _: Batch) -> LossAndScore:
+    """Binary cross-entropy summed over an example's region rows; right if the arg-max row's IoU is above 0.5."""
+    pairs = target.cu_regions.numel() - 1
+    loss = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / pairs
+    best = _ragged_argmax(logits.detach(), target.cu_regions.long())
+    return loss, (target.scores[best] > ACCEPTED_IOU).float()
+
+
+def _choices(logits: Tensor, target: ChoiceTarget, batch: Batch) -> LossAndScore:
+    """The same over an example's options only; right if the arg-max option is the arg-max target."""
+    examples = target.offsets.numel() - 1
+    lengths = batch.cu_images.diff().long()[batch.pair_image]
+    pair_start = lengths.cumsum(0) - lengths
+    chosen = logits[pair_start.repeat_interleave(target.offsets.diff(), output_size=target.rows.numel()) + target.rows]
+    loss = F.binary_cross_entropy_with_logits(chosen, target.scores, reduction="sum") / examples
+    best = _ragged_argmax(chosen.detach(), target.offsets)
+    return loss, (best == _ragged_argmax(target.scores, target.offsets)).float()
+
+
+def _classes(logits: Tensor, target: ClassTarget, _: Batch) -> LossAndScore:
+    """Binary cross-entropy against one-hot, mean over classes and examples; class -1 is all zeros and never right."""
+    known = target.index >= 0
+    one_hot = F.one_hot(target.index.clamp(min=0), logits.shape[-1]).float() * known[:, None]
+    loss = F.binary_cross_entropy_with_logits(logits, one_hot)
+    return loss, ((logits.detach().argmax(-1) == target.index) & known).float()
+
+
+_KINDS: dict[type, Callable[[Tensor, Any], LossAndScore]] = {
+    SoftLabelTarget: _soft_labels,
+    OptionTarget: _options,
+    RegionTarget: _regions,
+    ChoiceTarget: _choices,
+    ClassTarget: _classes,
+}
+
+
+def _ragged_argmax(values: Tensor, offsets: Tensor) -> Tensor:
+    """int64 [n]: place of the first largest of values[offsets[i]:offsets[i + 1]], as an index into `values`."""
+    lengths = offsets.diff()
+    item = torch.arange(lengths.numel(), device=values.device).repeat_interleave(lengths, output_size=values.numel())
+    largest = torch.full_like(lengths, float("-inf"), dtype=values.dtype)
+    largest = largest.scatter_reduce(0, item, values, "amax")
+    places = torch.arange(values.numel(), device=values.device)
+    places = places.masked_fill(values < largest[item], values.numel())
+    first = torch.full_like(lengths, values.numel()).scatter_reduce(0, item, places, "amin")
+    return first.clamp(max=values.numel() - 1)
+
+
+@dataclass(frozen=True)
+class PretrainingTarget:
+    """What was masked, by packed row. All pairs are their own text and image here."""
+
+    word_rows: Tensor  # int64 [m], rows of the packed texts
+    word_labels: Tensor  # int64 [m]
+    region_rows: Tensor  # int64 [k], rows of the packed images
+    region_target: Tensor  # float32 [k, classes], the detector's distribution
+    unmatched: Tensor  # int64 [P], 1 = the caption is of another image
+
+
+def pretraining_losses(
+    model: ViLBERT, batch: Batch, target: PretrainingTarget, random: Randomness
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(masked words, masked regions, alignment), paper section 3.1; every pair of the batch takes part in alignment."""
+    heads = model.pretraining
+    assert heads is not None
+    streams = model.trunk(batch, Need.ALL, random)
+    w = heads.fields()
+    words = model.trunk.text_embedding.fields()["words"]
+    assert streams.text is not None
+    text = heads.transform(streams.text[target.word_rows], "words")
+    image = heads.transform(streams.image[target.region_rows], "regions")
+    word_loss = masked_lm_loss(text, words, w["decoder_bias"], target.word_labels)
+    region_loss = masked_region_loss(image, w["classes"], w["classes_bias"], target.region_target)
+    pooled = model.trunk.pooled(streams, random, pretraining=True)
+    alignment = F.cross_entropy(F.linear(pooled, w["align"], w["align_bias"]).float(), target.unmatched)
+    return word_loss, region_loss, alignment

@@ -1,0 +1,41 @@
+"""One task-step of Algorithm 1: forward, loss, backward, guarded update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.losses import loss_and_score
+from engine.model.randomness import Randomness
+from engine.model.vilbert import ViLBERT
+from engine.optimizer import Optimizer
+from pipelines.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device scalars, float32: loss before the loss scale, mean training score, gradient norm, 1 if nothing changed."""
+
+    loss: Tensor
+    score: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+def train_step(
+    model: ViLBERT,
+    optimizer: Optimizer,
+    batch: Batch,
+    head: str,
+    *,
+    loss_scale: float,
+    lr_multiplier: float,
+    random: Randomness,
+    share: bool = True,
+) -> StepResult:
+    """Update θs ∪ θt from one batch. A loss or gradient that is not finite changes nothing (decided on the device)."""
+    loss, score = loss_and_score(model(batch, head, random, share), batch)
+    (loss * loss_scale).backward()
+    grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
+    return StepResult(loss.detach(), score.mean(), grad_norm, skipped)

@@ -1,0 +1,131 @@
+"""`Batch`: what the pipelines hand to the engine. Packed rows, unique items, pairs by index, sparse targets.
+
+Shape letters: T text rows of all texts, R region rows of all images, P pairs, B examples, F feature width.
+No padded row exists here: texts stand one after the other in `token_ids`, images in `features`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SoftLabelTarget:
+    """Sparse soft labels: example b owns entries `offsets[b]:offsets[b+1]` of `labels` and `scores`."""
+
+    offsets: Tensor  # int64 [B + 1]
+    labels: Tensor  # int64 [n]
+    scores: Tensor  # float32 [n]
+
+
+@dataclass(frozen=True)
+class OptionTarget:
+    """Which of an example's consecutive pairs matches: P = B * options."""
+
+    index: Tensor  # int64 [B]
+
+
+@dataclass(frozen=True)
+class RegionTarget:
+    """A score per region row of each pair (IoU with the true box; row 0, the whole image, included).
+
+    `scores` follows the pairs: pair p owns `cu_regions[p]:cu_regions[p+1]`, in the row order of its image.
+    In training, IoU below 0.5 is 0 already; in evaluation it is not thresholded (spec section 2).
+    """
+
+    cu_regions: Tensor  # int32 [P + 1]
+    scores: Tensor  # float32 [sum of regions over pairs]
+
+
+@dataclass(frozen=True)
+class ChoiceTarget:
+    """Some region rows of each pair are options: pair p owns `offsets[p]:offsets[p+1]` of `rows` and `scores`."""
+
+    offsets: Tensor  # int64 [P + 1]
+    rows: Tensor  # int64 [n], row within the pair's image (0 = global row)
+    scores: Tensor  # float32 [n]
+
+
+@dataclass(frozen=True)
+class ClassTarget:
+    """One class per example; -1 means none (an all-zero target)."""
+
+    index: Tensor  # int64 [B]
+
+
+BatchTarget = SoftLabelTarget | OptionTarget | RegionTarget | ChoiceTarget | ClassTarget
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One task's batch. Every tensor lives on one device; integers are as stated, floats float32 or bfloat16."""
+
+    task: str
+    examples: int
+    """B: samples in the sense of the data set (an NLVR2 statement, a retrieval caption)."""
+    task_token: int | None
+    """Row of the published task-token table, or None. If set, row 1 of every text is the task token."""
+    token_ids: Tensor
+    """int64 [T]: WordPiece ids; where there is a task token, row 1 of each text holds `task_token`, not a word."""
+    cu_texts: Tensor
+    """int32 [n_texts + 1]: cumulative text lengths, task rows included."""
+    features: Tensor
+    """[R, F]: row 0 of an image is its global row (mean of the detector's rows), appended boxes come last."""
+    boxes: Tensor
+    """float32 [R, 5]: x1/w, y1/h, x2/w, y2/h, area fraction; the global row is 0, 0, 1, 1, 1."""
+    cu_images: Tensor
+    """int32 [n_images + 1]."""
+    pair_text: Tensor
+    """int64 [P]: one pair = one (text, image) row of the published model. Texts and images are numbered by their first
+    appearance among the pairs, so as many texts as pairs means pair p has text p."""
+    pair_image: Tensor
+    """int64 [P]."""
+    text_key: Tensor
+    """int64 [n_texts], values in [0, 2**32): who this text is, for counter-based random draws."""
+    image_key: Tensor
+    """int64 [n_images], likewise."""
+    target: BatchTarget | None
+    max_text: int
+    """Longest text of the batch in rows, known on the host so that no kernel has to ask the device."""
+    max_image: int
+    example_ids: tuple[str, ...] = ()
+    """[B], for result files."""
+    pair_text_rows: int = -1
+    """Text rows summed over pairs, counted here where the batch is made, on the host."""
+    pair_image_rows: int = -1
+    """Region rows summed over pairs, likewise."""
+
+    def __post_init__(self) -> None:
+        if self.pair_text_rows < 0:
+            object.__setattr__(self, "pair_text_rows", int(self.cu_texts.diff()[self.pair_text].sum()))
+            object.__setattr__(self, "pair_image_rows", int(self.cu_images.diff()[self.pair_image].sum()))
+
+    @property
+    def n_texts(self) -> int:
+        return self.cu_texts.numel() - 1
+
+    @property
+    def n_images(self) -> int:
+        return self.cu_images.numel() - 1
+
+    @property
+    def n_pairs(self) -> int:
+        return self.pair_text.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return _move(self, torch.device(device))
+
+
+def _move(part, device: torch.device):  # type: ignore[no-untyped-def]
+    changes = {}
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = value.to(device, non_blocking=True)
+        elif field.name == "target" and value is not None:
+            changes[field.name] = _move(value, device)
+    return replace(part, **changes)
