@@ -8,9 +8,10 @@ continues as `c` does.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 
 class Decision(StrEnum):
@@ -22,20 +23,6 @@ class Decision(StrEnum):
 
 class BadScore(ValueError):
     """A validation score that no decision can rest on: not finite, or negative."""
-
-
-class Controller(Protocol):
-    """What the loop needs of a controller."""
-
-    decision: Decision
-
-    def update(self, score: float) -> Decision:
-        """Take one validation score; returns the state from now on. Raises BadScore, then nothing has changed."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Settings and state as plain data."""
-        ...
 
 
 class Settings(Protocol):
@@ -54,27 +41,57 @@ class Settings(Protocol):
 
 
 @dataclass
-class ReferenceController:
-    """The authors' controller, step for step (spec section 4.1).
+class Controller(ABC):
+    """Settings and state of one task's controller, all of it plain data. A new one is in go."""
 
-    A gain is measured against the last *accepted* best, so many gains of less than the threshold can add up to one.
-    While stopped, an evaluation that stops the task again is not tested for divergence.
-    """
-
-    KIND: ClassVar[str] = "reference"
+    KIND: ClassVar[str]
 
     stop_threshold: float = 0.001
     go_threshold: float = 0.005
     patience: int = 2
+    decision: Decision = Decision.GO
+
+    def update(self, score: float) -> Decision:
+        """Take one validation score; returns the state from now on. Raises BadScore, then nothing has changed."""
+        if not math.isfinite(score) or score < 0:
+            raise BadScore(f"{score} is no validation score: it must be a finite number of at least 0")
+        self._take(float(score))
+        return self.decision
+
+    @abstractmethod
+    def _take(self, score: float) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state as plain data, fit for JSON."""
+        return {"controller": self.KIND, **asdict(self), "decision": str(self.decision)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """The controller whose `state_dict` this is; `state` is left as it is. Raises ValueError for another form."""
+        expected = {"controller", *(field.name for field in fields(cls))}
+        if state.keys() != expected or state["controller"] != cls.KIND:
+            raise ValueError(f"no state of the {cls.KIND} stop-and-go controller: keys {sorted(state)}")
+        values = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+        del values["controller"]
+        return cls(**{**values, "decision": Decision(values["decision"])})
+
+
+@dataclass
+class ReferenceController(Controller):
+    """The authors' controller, step for step (spec section 4.1).
+
+    A gain is measured against the last *accepted* best, so that many gains below the threshold can add up to one.
+    While stopped, an evaluation that stops the task once more is not tested for divergence.
+    """
+
+    KIND: ClassVar[str] = "reference"
+
     cooldown: int = 1
     best: float | None = None
     without_gain: int = 0
     cooling: int = 0
-    decision: Decision = Decision.GO
 
-    def update(self, score: float) -> Decision:
-        """See `Controller.update`."""
-        _check(score)
+    def _take(self, score: float) -> None:
         if self.best is None or score > self.best * (1 + self.stop_threshold):
             self.best = score
             self.without_gain = 0
@@ -87,20 +104,15 @@ class ReferenceController:
             self._turn(Decision.STOP)
         elif self.decision is Decision.STOP and score < self.best * (1 - self.go_threshold):
             self._turn(Decision.GO)
-        return self.decision
 
     def _turn(self, decision: Decision) -> None:
         self.decision = decision
         self.cooling = self.cooldown
         self.without_gain = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `Controller.state_dict`."""
-        return _plain(self)
-
 
 @dataclass
-class PaperController:
+class PaperController(Controller):
     """Algorithm 1 as written.
 
     In go, stop when `patience` evaluations have passed since the last change of state (or the start), there is a score
@@ -110,17 +122,11 @@ class PaperController:
 
     KIND: ClassVar[str] = "paper"
 
-    stop_threshold: float = 0.001
-    go_threshold: float = 0.005
-    patience: int = 2
     since_change: int = 0
     best_before: float | None = None
     recent: list[float] = field(default_factory=list)
-    decision: Decision = Decision.GO
 
-    def update(self, score: float) -> Decision:
-        """See `Controller.update`."""
-        _check(score)
+    def _take(self, score: float) -> None:
         self.since_change += 1
         self.recent.append(score)
         if len(self.recent) > self.patience:
@@ -130,7 +136,6 @@ class PaperController:
             self._turn(Decision.STOP)
         elif self.decision is Decision.STOP and self._diverged(score):
             self._turn(Decision.GO)
-        return self.decision
 
     def _converged(self) -> bool:
         if self.since_change < self.patience or self.best_before is None:
@@ -145,36 +150,24 @@ class PaperController:
         self.decision = decision
         self.since_change = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `Controller.state_dict`."""
-        return _plain(self)
+
+CONTROLLERS: dict[str, type[ReferenceController] | type[PaperController]] = {
+    "reference": ReferenceController,
+    "paper": PaperController,
+}
 
 
-def new_controller(settings: Settings) -> ReferenceController | PaperController:
-    """A controller in go that has seen nothing."""
+def new_controller(settings: Settings) -> Controller:
+    """The configured controller, in go, with nothing seen."""
     shared = (settings.stop_threshold, settings.go_threshold, settings.patience)
-    if settings.controller == PaperController.KIND:
+    if settings.controller == "paper":
         return PaperController(*shared)
     return ReferenceController(*shared, cooldown=settings.cooldown)
 
 
-def restore(state: dict[str, Any]) -> ReferenceController | PaperController:
-    """The controller whose `state_dict` this is. Raises ValueError for a state of another form."""
-    kinds = {kind.KIND: kind for kind in (ReferenceController, PaperController)}
-    values = dict(state)
-    kind = kinds.get(values.pop("controller", None))
-    if kind is None or values.keys() != {field.name for field in fields(kind)}:
+def restore(state: dict[str, Any]) -> Controller:
+    """The controller, of either kind, whose `state_dict` this is. Raises ValueError for a state of another form."""
+    kind = CONTROLLERS.get(str(state.get("controller")))
+    if kind is None:
         raise ValueError(f"no state of a stop-and-go controller: keys {sorted(state)}")
-    values["decision"] = Decision(values["decision"])
-    if kind is PaperController:
-        values["recent"] = list(values["recent"])
-    return kind(**values)
-
-
-def _plain(controller: ReferenceController | PaperController) -> dict[str, Any]:
-    return {"controller": controller.KIND, **asdict(controller), "decision": str(controller.decision)}
-
-
-def _check(score: float) -> None:
-    if not math.isfinite(score) or score < 0:
-        raise BadScore(f"{score} is no validation score: it must be a finite number of at least 0")
+    return kind.from_state(state)

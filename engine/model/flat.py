@@ -77,11 +77,13 @@ class FlatBlock(nn.Module):
         self.matrices.normal_(0.0, std, generator=generator)
         self.vectors.zero_()
         for part in self.vector_parts:
-            if part.name.endswith(_SCALES):
+            if is_scale(self.prefix + part.name):
                 part.of(self.vectors.detach()).fill_(1.0)
 
 
-_SCALES = ("LayerNorm.weight", "LayerNorm1.weight", "LayerNorm2.weight", "logit_fc.2.weight")
+def is_scale(key: str) -> bool:
+    """Whether a published key is a LayerNorm scale, which starts at 1."""
+    return key.endswith(("LayerNorm.weight", "LayerNorm1.weight", "LayerNorm2.weight", "logit_fc.2.weight"))
 
 
 def _allocate(fields: dict[str, list[tuple[str, tuple]]]) -> tuple[nn.Parameter, dict[str, tuple[int, ...]], list[Part]]:

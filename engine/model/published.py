@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.model.config import ModelConfig
+from engine.model.flat import is_scale
 from engine.model.heads import HeadSpec
 from engine.model.vilbert import ViLBERT
 from pipelines.errors import BadInput
@@ -28,7 +29,6 @@ PUBLISHED_HEADS = {
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _TIED = "cls.predictions.decoder.weight"
-_SCALE_ENDINGS = ("LayerNorm.weight", "LayerNorm1.weight", "LayerNorm2.weight", "logit_fc.2.weight")
 _LISTED = 6
 
 
@@ -90,7 +90,7 @@ def export_published(model: ViLBERT) -> dict[str, Tensor]:
         elif key in model.carried:
             value = model.carried[key]
         else:
-            value = torch.ones(shape) if key.endswith(_SCALE_ENDINGS) else torch.zeros(shape)
+            value = torch.ones(shape) if is_scale(key) else torch.zeros(shape)
         state[key] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     state[_TIED] = state[_WORDS].clone()
     return state

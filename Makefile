@@ -1,0 +1,53 @@
+# Every target sets up what it needs, in .venv. Linux x86-64, Python 3.11, a C++ compiler where there is one.
+# A CPU-only machine can take torch's small build:
+#   make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup setup-gpu train test test-slow lint format native bench
+
+setup: $(READY)
+
+$(READY): requirements.txt setup.py pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || { echo "error: Python 3.11 is needed (name it: make PYTHON=/path/to/python3.11)"; exit 2; }
+	@echo "setup: pinned packages into .venv (the first time a few minutes, mostly torch)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+setup-gpu: $(READY)
+	@echo "setup: optional GPU packages into .venv"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements-gpu.txt
+
+train: $(READY)
+	$(BIN)/python -m engine.train --config configs/runs/world.yaml output=auto
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The engine builds the native kernels by itself when it first needs them; this does it now, with cmake where there is one.
+native: $(READY)
+	@if command -v cmake >/dev/null && command -v "$${CXX:-c++}" >/dev/null; \
+	then cmake -S . -B build/cmake && cmake --build build/cmake; \
+	else $(BIN)/python -c 'from kernels.native_library import available; available()'; fi
+
+bench: $(READY)
+	$(BIN)/python -m bench

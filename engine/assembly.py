@@ -1,0 +1,177 @@
+"""From a run configuration to its parts: rows, data, model, optimizer. Everything that can be wrong is found here,
+before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import RunConfig, load_tasks
+from engine.model.heads import HeadSpec
+from engine.model.published import load_bert, load_published, read_state
+from engine.model.vilbert import ViLBERT
+from engine.optimizer import Optimizer, OptimizerSettings
+from engine.tasks import HeadRow, Table, TaskRow, base_lr, loss_scale, task_tokens
+from pipelines.answers import Answers
+from pipelines.batch import Batch
+from pipelines.datasets import DataSpec, TaskData, load_task
+from pipelines.errors import BadInput
+from pipelines.loader import TrainingSource, validation_batches
+from pipelines.sampler import Sampler
+from pipelines.sheet import Sheet, load_sheet
+from pipelines.wordpiece import WordPiece
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a run: its row, its data, its place among the others."""
+
+    row: TaskRow
+    token: int | None
+    loss_scale: float
+    train: TrainingSource
+    val: TaskData
+
+    @property
+    def epoch_iterations(self) -> int:
+        """n_t of Algorithm 1."""
+        return self.train.sampler.batches_per_epoch
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with."""
+
+    config: RunConfig
+    table: Table
+    tasks: dict[str, Task]
+    model: ViLBERT
+    optimizer: Optimizer
+    device: torch.device
+
+    def validation(self, task: Task, blind: bool | None = None) -> Iterator[Batch]:
+        """The task's validation batches; `blind` overrides the run's own setting."""
+        return validation_batches(
+            task.val,
+            task.row.batch * self.config.validation.batch_factor,
+            seed=self.config.seed,
+            task_token=task.token,
+            dtype=_DTYPES[self.config.precision],
+            share=self.config.share_prefixes,
+            blind=self.config.blind if blind is None else blind,
+            max_examples=self.config.validation.max_examples,
+        )
+
+
+def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: None) -> Parts:
+    """Build a run's parts. Raises BadInput naming the file, key or record that cannot be used."""
+    table, rows = load_tasks(config)
+    device = _device(config)
+    sheet = load_sheet(_sheet_path(config, say))
+    tokenizer = WordPiece.load(sheet.vocabulary)
+    if len(tokenizer) > config.model.vocab_size:
+        raise BadInput("model.vocab_size", f"{config.model.vocab_size}, but {sheet.vocabulary} has {len(tokenizer)} entries")
+    answers = _shared_answers(rows, sheet)
+    tokens, scales = task_tokens(config.task_tokens, rows), loss_scale(rows)
+    tasks = {}
+    for row in rows:
+        say(f"reading {row.title}")
+        train, val = _read(row, table, sheet, tokenizer, answers, config, tokens[row.name])
+        tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
+    model = _model(config, table, rows, answers, say).to(device, _DTYPES[config.precision])
+    return Parts(config, table, tasks, model, _optimizer(config, rows, model), device)
+
+
+def data_spec(row: TaskRow, head: HeadRow) -> DataSpec:
+    """What the pipelines need to know of a task."""
+    return DataSpec(
+        name=row.name, reader=row.reader, number=row.number, max_tokens=row.max_tokens, max_regions=row.max_regions,
+        images=row.images, target=row.loss, options=head.options or 1,
+    )  # fmt: skip
+
+
+def _sheet_path(config: RunConfig, say: Callable[[str], None]) -> Path:
+    if config.data != "world":
+        return Path(config.data)
+    from pipelines.world import ensure  # the renderer is needed by the embedded world only
+
+    say(f"embedded world in {config.world.path} (built on first use)")
+    return ensure(Path(config.world.path), seed=config.world.seed, size=config.world.size)
+
+
+def _read(
+    row: TaskRow,
+    table: Table,
+    sheet: Sheet,
+    tokenizer: WordPiece,
+    answers: dict[str, Answers],
+    config: RunConfig,
+    token: int | None,
+) -> tuple[TrainingSource, TaskData]:
+    spec = data_spec(row, table.head(row))
+    train, val = (load_task(spec, sheet, split, tokenizer, answers=answers.get(row.head)) for split in ("train", "val"))
+    width = train.store.feature_dim
+    if width != config.model.v_feature_size:
+        raise BadInput(train.store.path, f"features of {width} values, model.v_feature_size is {config.model.v_feature_size}")
+    sampler = Sampler(len(train), row.batch, config.seed, row.number)
+    return TrainingSource(
+        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind
+    ), val  # fmt: skip
+
+
+def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:
+    """The answer vocabulary of each answer head; tasks that share a head must share it."""
+    found: dict[str, tuple[str, Answers]] = {}
+    for row in rows:
+        path = sheet.entry(row.name).answers if row.loss == "soft_labels" else None
+        if path is None:
+            continue
+        answers = Answers.load(path)
+        other, known = found.setdefault(row.head, (row.name, answers))
+        if [known.answer(i) for i in range(len(known))] != [answers.answer(i) for i in range(len(answers))]:
+            raise BadInput(f"{sheet.path}: sets.{row.name}.answers", f"differs from that of {other}, with which it shares "
+                           f"the head {row.head}", "give both the same vocabulary")  # fmt: skip
+    return {head: answers for head, (_, answers) in found.items()}
+
+
+def _model(
+    config: RunConfig, table: Table, rows: tuple[TaskRow, ...], answers: dict[str, Answers], say: Callable[[str], None]
+) -> ViLBERT:
+    specs = {}
+    for row in rows:
+        head = table.head(row)
+        outputs = len(answers[row.head]) if head.kind == "answers" else head.classes or 1
+        specs[row.head] = HeadSpec(head.kind, outputs)
+    model = ViLBERT(config.model, specs)
+    model.initialise(config.seed)
+    if config.initial_text is not None:
+        count = load_bert(model, Path(config.initial_text))
+        say(f"text stream from {config.initial_text}: {count} tensors")
+    if config.initial_weights is not None:
+        path = Path(config.initial_weights)
+        fresh = load_published(model, read_state(path), path, config.fresh_weights)
+        say(f"weights from {path}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    return model
+
+
+def _optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
+    o = config.optimizer
+    settings = OptimizerSettings(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, update=o.update)
+    base = o.base_lr or base_lr(rows)
+    head_lr = {name: o.head_lr or base for name in model.heads if name.startswith("vil_")}
+    return Optimizer(model, settings, base, head_lr)
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device", "cuda asked for, but torch sees no GPU", "device=cpu, or install torch for your driver")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)

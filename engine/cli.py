@@ -1,0 +1,37 @@
+"""`stopgo COMMAND …`: the project's entry points under one name. Each is a module with `main(argv) -> exit code`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("engine.train", "train a run configuration, or resume a run"),
+    "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
+    "check": ("pipelines.check", "check all data of a run or data sheet without training"),
+    "world": ("pipelines.world.__main__", "build the embedded world"),
+    "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
+}
+"""Command, module, and what it does. Modules are imported when they are called, not before."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command named first with the arguments after it; returns its exit code, 2 for an unknown command."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command not in COMMANDS:
+        print(f"error: no command {command} (there are {', '.join(COMMANDS)})", file=sys.stderr)
+        return 2
+    return int(import_module(COMMANDS[command][0]).main(arguments[1:]) or 0)
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: stopgo COMMAND ...", "", *lines, "", "stopgo COMMAND --help says more."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The task table: one frozen row per data set, one per head, read from `configs/tasks.yaml`. Imports no torch.
+
+A new task is a row and a reader; no code knows task names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engine.yaml_files import read_mapping, validated
+from pipelines.errors import BadInput
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TASKS_FILE = CONFIGS / "tasks.yaml"
+
+HeadKind = Literal["answers", "match", "regions", "paired_classes", "classes"]
+LossKind = Literal["soft_labels", "options", "regions", "choices", "classes"]
+MetricKind = Literal["soft_accuracy", "option_accuracy", "region_accuracy", "choice_accuracy", "class_accuracy"]
+TaskTokens = Literal["dataset", "head", "none"]
+
+LOSSES: dict[HeadKind, tuple[LossKind, ...]] = {
+    "answers": ("soft_labels",),
+    "match": ("options",),
+    "regions": ("regions", "choices"),
+    "paired_classes": ("classes",),
+    "classes": ("classes",),
+}
+"""Which losses can read the output of which head."""
+
+METRICS: dict[LossKind, MetricKind] = {
+    "soft_labels": "soft_accuracy",
+    "options": "option_accuracy",
+    "regions": "region_accuracy",
+    "choices": "choice_accuracy",
+    "classes": "class_accuracy",
+}
+"""Which metric scores the targets of which loss."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HeadRow(_Row):
+    """One output head (spec section 1.6). Tasks that name the same head share its weights."""
+
+    name: str = Field(description="prefix of its parameters in the published layout")
+    kind: HeadKind = Field(description="what it computes, and over which rows")
+    options: int | None = Field(None, ge=2, description="match: (text, image) pairs that compete in one sample")
+    classes: int | None = Field(None, ge=2, description="classes, paired_classes: how many")
+
+    @model_validator(mode="after")
+    def _sizes_fit_kind(self) -> Self:
+        wanted = {"match": "options", "classes": "classes", "paired_classes": "classes"}.get(self.kind)
+        for size in ("options", "classes"):
+            if (getattr(self, size) is not None) != (size == wanted):
+                raise ValueError(f"a head of kind {self.kind} {'needs' if size == wanted else 'has no'} {size}")
+        return self
+
+
+class TaskRow(_Row):
+    """One data set (spec sections 1.6, 2 and 3.2)."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="how runs, checkpoints and reports call it")
+    title: str = Field(description="how people call it")
+    number: int = Field(ge=0, description="row of the task-token table")
+    group: str = Field(pattern=r"^\S+$", description="the paper's group: G1 ... G4")
+    head: str = Field(description="name of its head")
+    reader: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function that yields examples")
+    images: int = Field(1, ge=1, description="images per example")
+    batch: int = Field(ge=1, description="examples per step, over all ranks")
+    lr: float = Field(gt=0, description="learning rate tuned for this task alone")
+    max_tokens: int = Field(ge=3, description="[CLS] and [SEP] included, the task token not")
+    max_regions: int = Field(ge=2, description="global row and appended annotated boxes included")
+    loss: LossKind = Field(description="what is minimised; must fit the head's kind")
+    metric: MetricKind = Field(description="what validation reports, in [0, 1], higher is better; must fit the loss")
+    default: bool = Field(True, description="part of `tasks: all`")
+
+    @model_validator(mode="after")
+    def _metric_fits_loss(self) -> Self:
+        if self.metric != METRICS[self.loss]:
+            raise ValueError(f"metric {self.metric} cannot score loss {self.loss}; use {METRICS[self.loss]}")
+        return self
+
+
+class Table(_Row):
+    """All heads and tasks, by name, tasks in file order, as `load_table` checked them against each other."""
+
+    heads: dict[str, HeadRow]
+    tasks: dict[str, TaskRow]
+
+    def row(self, name: str) -> TaskRow:
+        """The task's row. Raises BadInput for a name that the table does not have."""
+        if name not in self.tasks:
+            raise BadInput(f"task {name}", "no such task", f"there are {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def head(self, task: TaskRow) -> HeadRow:
+        """The head of a task of this table."""
+        return self.heads[task.head]
+
+    def default_tasks(self) -> tuple[TaskRow, ...]:
+        """The rows of `tasks: all`, in file order."""
+        return tuple(task for task in self.tasks.values() if task.default)
+
+
+def load_table(path: Path = TASKS_FILE, extra: Sequence[Path] = ()) -> Table:
+    """The table in `path`, and the rows that the files in `extra` add. Raises BadInput naming file and key."""
+    merged: dict[str, dict[str, Any]] = {"heads": {}, "tasks": {}}
+    origins: dict[tuple[str, str], Path] = {}
+    for file in (path, *extra):
+        for kind, rows in read_mapping(file).items():
+            if kind not in merged:
+                raise BadInput(f"{file}: {kind}", "unknown key; valid are heads, tasks")
+            for name, row in _rows(file, kind, rows):
+                if name in merged[kind]:
+                    raise BadInput(f"{file}: {kind}.{name}", f"{origins[kind, name]} has this name already")
+                merged[kind][name] = {"name": name, **row}
+                origins[kind, name] = file
+    table = validated(
+        Table, merged, lambda key: origins.get((str(key[0]), str(key[1])), path) if len(key) > 1 else path
+    )
+    owners: dict[int, str] = {}
+    for task in table.tasks.values():
+        if misfit := _misfit(task, table.heads, owners.setdefault(task.number, task.name)):
+            key, what = misfit
+            raise BadInput(f"{origins['tasks', task.name]}: tasks.{task.name}.{key}", what)
+    return table
+
+
+def _rows(file: Path, kind: str, rows: Any) -> Iterable[tuple[str, dict[str, Any]]]:
+    if not isinstance(rows, dict):
+        raise BadInput(f"{file}: {kind}", "not a mapping of names to rows")
+    for name, row in rows.items():
+        if not isinstance(row, dict) or "name" in row:
+            raise BadInput(f"{file}: {kind}.{name}", "not a row of named values (its name is its key)")
+        yield str(name), row
+
+
+def _misfit(task: TaskRow, heads: dict[str, HeadRow], owner: str) -> tuple[str, str] | None:
+    """Key and reason where a row does not fit its head or takes another task's number."""
+    if task.head not in heads:
+        return "head", f"there is no head {task.head}; there are {', '.join(heads)}"
+    kind = heads[task.head].kind
+    if task.loss not in LOSSES[kind]:
+        return "loss", f"a head of kind {kind} feeds {' or '.join(LOSSES[kind])}, not {task.loss}"
+    if task.images != (2 if kind == "paired_classes" else 1):
+        return "images", f"{task.images} do not fit a head of kind {kind}"
+    if owner != task.name:
+        return "number", f"{task.number} is the number of {owner} already"
+    return None
+
+
+def task_tokens(mode: TaskTokens, tasks: Sequence[TaskRow]) -> dict[str, int | None]:
+    """Row of the task-token table for each task (paper section 3.2 and Table 6).
+
+    `dataset`: its own number. `head`: the smallest number among `tasks` that share its head. `none`: no task token.
+    """
+    if mode == "none":
+        return {task.name: None for task in tasks}
+    if mode == "dataset":
+        return {task.name: task.number for task in tasks}
+    return {task.name: min(other.number for other in tasks if other.head == task.head) for task in tasks}
+
+
+def base_lr(tasks: Sequence[TaskRow]) -> float:
+    """The trunk's learning rate: the smallest of the tasks' (paper section 3.3, loss scaling)."""
+    return min(task.lr for task in tasks)
+
+
+def loss_scale(tasks: Sequence[TaskRow]) -> dict[str, float]:
+    """Factor on each task's loss: its learning rate over the smallest (paper section 3.3, loss scaling)."""
+    base = base_lr(tasks)
+    return {task.name: task.lr / base for task in tasks}

@@ -1,0 +1,154 @@
+"""`python -m engine.train --config RUN.yaml [key=value …]`: train one model on many data sets.
+
+Exit codes: 0 done; 2 bad input or configuration; 75 stopped by a signal, saved, to be resumed; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from engine import checkpoint
+from engine.assembly import Parts, assemble
+from engine.config import RunConfig, config_hash, load, resolved
+from engine.console import Console
+from engine.cursor import Cursor
+from engine.house import check_imports
+from engine.journal import Journal
+from engine.loop import Loop, TooManySkipped
+from engine.reporting import Reporter
+from pipelines.errors import BadInput
+
+EXIT_BAD_INPUT, EXIT_SAVED = 2, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        check_imports()
+        if arguments.resume:
+            return _resume(arguments.resume, arguments.overrides)
+        config = load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(resolved(config), end="")
+            return 0
+        return _start(config)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TooManySkipped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.train",
+        description="Train one vision-and-language model on many data sets by round-robin batches with dynamic stop-and-go.",
+        epilog="Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved (resume it), 1 anything else.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="run configuration, e.g. configs/runs/world.yaml")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue from its newest checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. max_iterations=100 stopgo.gap=8")
+    return parser
+
+
+def _start(config: RunConfig) -> int:
+    """A new run in a folder of its own; nothing is written before everything has been read."""
+    folder = _run_folder(config)
+    console = Console(config.logging.console)
+    parts = assemble(config, console.message)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(resolved(config))
+    with Journal(folder) as journal:
+        tasks = [
+            {"name": name, "title": task.row.title, "group": task.row.group, "epoch_iterations": task.epoch_iterations}
+            for name, task in parts.tasks.items()
+        ]
+        journal.event(
+            "start", 0, name=config.name, config_hash=config_hash(config), max_iterations=config.max_iterations,
+            tasks=tasks, blind=config.blind,
+        )  # fmt: skip
+        return _train(parts, folder, journal, console, Cursor(config_hash=config_hash(config)))
+
+
+def _resume(folder: Path, overrides: list[str]) -> int:
+    """Continue a run exactly: its own configuration, its newest checkpoint that verifies."""
+    if not (folder / "config.yaml").is_file():
+        raise BadInput(folder, "not a run folder: it has no config.yaml", "give the folder that a run has written")
+    if overrides:
+        raise BadInput(overrides[0], "a resumed run keeps its configuration", "leave it out, or start a new run")
+    config = load(folder / "config.yaml", [])
+    console = Console(config.logging.console)
+    path, refused = checkpoint.newest_valid(folder / "checkpoints")
+    for line in refused:
+        console.message(f"checkpoint refused: {line}")
+    parts = assemble(config, console.message)
+    cursor = checkpoint.load(path, parts.model, parts.optimizer)
+    if cursor.config_hash != config_hash(config):
+        raise BadInput(folder / "config.yaml", f"differs from the configuration that {path} was made with", "put it back")
+    console.message(f"continuing from {path}")
+    with Journal(folder, keep=cursor.covers) as journal:
+        journal.event("resume", cursor.iteration, checkpoint=str(path))
+        return _train(parts, folder, journal, console, cursor)
+
+
+def _train(parts: Parts, folder: Path, journal: Journal, console: Console, cursor: Cursor) -> int:
+    stop = _StopSignals()
+    reporter = Reporter(parts, journal, console, cursor)
+    loop = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked)
+    rows = [task.row for task in parts.tasks.values()]
+    console.start(parts.config.max_iterations, rows, cursor.iteration)
+    try:
+        if loop.run():
+            reporter.finish(folder, cursor)
+            return 0
+    except BaseException:
+        journal.event("end", cursor.iteration, reason="error")
+        raise
+    finally:
+        console.close()
+    journal.event("signal", cursor.iteration, name=stop.name)
+    journal.event("end", cursor.iteration, reason="signal")
+    console.message(f"{stop.name}: saved; continue with: python -m engine.train --resume {folder}")
+    return EXIT_SAVED
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM ask for a stop; the loop honours it between two task steps. A second one ends at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def asked(self) -> bool:
+        return bool(self.name)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _run_folder(config: RunConfig) -> Path:
+    """The configured folder, refused if used; `auto` takes the next free number."""
+    if config.output == "auto":
+        number = 1
+        while Path(f"runs/{config.name}-{number}").exists():
+            number += 1
+        return Path(f"runs/{config.name}-{number}")
+    folder = Path(config.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(folder, "already holds a run", "choose another output, output=auto, or --resume it")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Published feature formats -> a feature store: `python -m pipelines.convert FORMAT SRC DST`."""

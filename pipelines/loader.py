@@ -1,0 +1,120 @@
+"""Batches ahead of time: one background thread for all tasks.
+
+A batch is a pure function of (task, step), so prefetching it, or not, changes no result: it only moves the work off
+the training loop's path. The heavy part of packing is copying, which lets other threads run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipelines.batch import Batch
+from pipelines.datasets import TaskData
+from pipelines.packing import pack
+from pipelines.sampler import Sampler
+
+BatchSource = Callable[[int], Batch]
+"""Gives the batch after `step` consumed ones. Pure: equal steps give equal batches."""
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """A task's training batches by step, without end."""
+
+    data: TaskData
+    sampler: Sampler
+    task_token: int | None
+    dtype: torch.dtype = torch.float32
+    share: bool = True
+    blind: bool = False
+
+    def __call__(self, step: int) -> Batch:
+        return pack(
+            self.data,
+            self.sampler.indices(step),
+            epoch=self.sampler.epoch(step),
+            seed=self.sampler.seed,
+            training=True,
+            task_token=self.task_token,
+            dtype=self.dtype,
+            share=self.share,
+            blind=self.blind,
+        )
+
+
+def validation_batches(
+    data: TaskData,
+    batch: int,
+    *,
+    seed: int,
+    task_token: int | None,
+    dtype: torch.dtype = torch.float32,
+    share: bool = True,
+    blind: bool = False,
+    max_examples: int | None = None,
+) -> Iterator[Batch]:
+    """A split in its own order, each example once; retrieval's wrong options are the same at every pass."""
+    count = len(data) if max_examples is None else min(len(data), max_examples)
+    for start in range(0, count, batch):
+        yield pack(
+            data,
+            np.arange(start, min(start + batch, count)),
+            epoch=0,
+            seed=seed,
+            training=False,
+            task_token=task_token,
+            dtype=dtype,
+            share=share,
+            blind=blind,
+        )
+
+
+class Loader:
+    """Prefetches the batches that are asked for ahead, and hands them over in any order."""
+
+    def __init__(self, sources: Mapping[str, BatchSource], depth: int = 4) -> None:
+        """`depth`: how many batches may be ready or under way at a time; this bounds the memory that they hold."""
+        self._sources = dict(sources)
+        self._depth = depth
+        self._pending: dict[tuple[str, int], Future[Batch]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.wait_seconds = 0.0
+        """How long `take` has kept its callers, in all."""
+
+    def request(self, task: str, step: int) -> bool:
+        """Start on a batch. False, and nothing done, where `depth` others are pending: ask again later."""
+        key = (task, step)
+        if key not in self._pending:
+            if len(self._pending) >= self._depth:
+                return False
+            self._pending[key] = self._thread.submit(self._sources[task], step)
+        return True
+
+    def take(self, task: str, step: int) -> Batch:
+        """The batch: the prefetched one, or one made now, in the caller's thread.
+
+        An error in making it (BadInput for a damaged record) is raised here.
+        """
+        started = time.perf_counter()
+        try:
+            future = self._pending.pop((task, step), None)
+            return self._sources[task](step) if future is None else future.result()
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Drop what is pending and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,167 @@
+"""From columns to a `Batch`: packed rows, unique items, pairs by index, one copy of the features.
+
+Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import ragged
+from pipelines.batch import Batch, BatchTarget, OptionTarget
+from pipelines.boxes import Float32, locations
+from pipelines.datasets import TaskData
+from pipelines.negatives import draw_options
+from pipelines.random import text_keys
+from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
+
+
+def pack(
+    data: TaskData,
+    indices: Indices,
+    *,
+    epoch: int,
+    seed: int,
+    training: bool,
+    task_token: int | None,
+    dtype: torch.dtype = torch.float32,
+    share: bool = True,
+    blind: bool = False,
+) -> Batch:
+    """The batch of these examples, on the CPU. Equal arguments give equal batches.
+
+    `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
+    `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
+    image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
+    zeroes features and locations: what a model can do without seeing. Raises BadInput for a damaged record.
+    """
+    texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
+    unique_texts, pair_text = _unique(texts, share)
+    unique_images, pair_image = _unique(images, share)
+    token_ids, cu_texts = _pack_texts(data, unique_texts, task_token)
+    regions = _pack_images(data, unique_images, dtype, blind)
+    return Batch(
+        task=data.spec.name,
+        examples=len(indices),
+        task_token=task_token,
+        token_ids=torch.from_numpy(token_ids),
+        cu_texts=torch.from_numpy(cu_texts.astype(np.int32)),
+        features=regions.features,
+        boxes=torch.from_numpy(regions.locations),
+        cu_images=torch.from_numpy(regions.cu_images.astype(np.int32)),
+        pair_text=torch.from_numpy(pair_text),
+        pair_image=torch.from_numpy(pair_image),
+        text_key=torch.from_numpy(text_keys(data.spec.number, unique_texts)),
+        image_key=torch.from_numpy(data.image_keys[unique_images]),
+        target=_target(data, indices, regions, pair_image, training),
+        max_text=int(np.diff(cu_texts).max()),
+        max_image=int(np.diff(regions.cu_images).max()),
+        example_ids=tuple(data.ids[indices].tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """The region rows of a batch's images."""
+
+    features: Tensor  # [R, F]
+    pixels: Float32  # [R, 4]
+    locations: Float32  # [R, 5]
+    cu_images: ragged.Offsets  # int64 [n_images + 1]
+    first_candidate: NDArray[np.int64]  # [n_images]: row within the image
+
+
+def _pairs(data: TaskData, indices: Indices, *, epoch: int, seed: int, training: bool) -> tuple[Indices, Indices]:
+    """(text, image) of every pair, int64 [P] each: texts are example indices, images are store rows."""
+    if data.pool is not None:
+        texts, images = draw_options(
+            data.pool, indices, number=data.spec.number, seed=seed, epoch=epoch, training=training
+        )
+        return texts.reshape(-1), images.reshape(-1)
+    return np.repeat(indices, data.spec.images), data.image_rows[indices].astype(np.int64).reshape(-1)
+
+
+def _unique(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int64]]:
+    """The items that the batch holds, and which of them each pair uses.
+
+    In the order of their first appearance: where nothing is shared, pair p has item p, and the model gathers nothing.
+    """
+    if not share:
+        return items, np.arange(len(items))
+    unique, first, inverse = np.unique(items, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return unique[order], place[inverse]
+
+
+def _pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:
+    """Token ids int64 [T] and cu_texts int64 [n_texts + 1]."""
+    flat, cu_words = ragged.take(data.token_offsets, texts)
+    words = data.token_ids[flat].astype(np.int64)
+    if task_token is None:
+        return words, cu_words
+    cu_texts = cu_words + np.arange(len(cu_words))
+    token_ids = np.empty(cu_texts[-1], np.int64)
+    is_word = np.ones(len(token_ids), bool)
+    is_word[cu_texts[:-1] + 1] = False
+    token_ids[is_word] = words
+    token_ids[~is_word] = task_token
+    return token_ids, cu_texts
+
+
+def _pack_images(data: TaskData, images: Indices, dtype: torch.dtype, blind: bool) -> _Regions:
+    """Global row, detected rows, annotated rows of every image, straight from the stores into one array."""
+    detected, annotated = data.detector_counts(images), data.candidate_counts(images)
+    cu_images = ragged.offsets_of(1 + detected + annotated)
+    total, starts = int(cu_images[-1]), cu_images[:-1]
+    features = torch.empty((total, data.store.feature_dim), dtype=dtype)
+    pixels = np.empty((total, 4), np.float32)
+    _gather_detected(data, images, starts, detected, features, pixels)
+    if data.candidates is not None:
+        rows = data.candidate_rows[images].astype(np.int64)
+        data.candidates.gather(rows, starts + 1 + detected, features, pixels, global_row=False)
+    size = np.repeat(data.store.sizes[images], np.diff(cu_images), axis=0)
+    places = locations(pixels, size[:, 0], size[:, 1])
+    if blind:
+        features.zero_()
+        places[:] = 0
+    return _Regions(features, pixels, places, cu_images, 1 + detected)
+
+
+def _gather_detected(
+    data: TaskData,
+    images: Indices,
+    starts: NDArray[np.int64],
+    detected: NDArray[np.int64],
+    features: Tensor,
+    pixels: Float32,
+) -> None:
+    """One call for all images; those that lose rows to `max_regions` go by how many they keep."""
+    whole = detected == data.store.counts[images]
+    data.store.gather(images[whole], starts[whole], features, pixels)
+    for kept in np.unique(detected[~whole]):
+        cut = ~whole & (detected == kept)
+        data.store.gather(images[cut], starts[cut], features, pixels, max_regions=int(kept))
+
+
+def _target(
+    data: TaskData, indices: Indices, regions: _Regions, pair_image: NDArray[np.int64], training: bool
+) -> BatchTarget | None:
+    match data.target:
+        case SoftLabels() | Classes() as columns:
+            return columns.pack(indices)
+        case TrueBoxes() as boxes:
+            rows, cu_regions = ragged.take(regions.cu_images, pair_image)
+            return boxes.pack(indices, cu_regions, regions.pixels[rows], training)
+        case Choices() as choices:
+            return choices.pack(indices, regions.first_candidate[pair_image])
+        case None if data.pool is not None:
+            return OptionTarget(torch.zeros(len(indices), dtype=torch.int64))  # the match is always the first
+        case _:
+            return None

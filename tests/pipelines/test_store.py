@@ -1,0 +1,159 @@
+"""The feature store: what goes in comes out, in place, and any LMDB tool sees the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import lmdb
+import msgpack
+import numpy as np
+import pytest
+import torch
+
+from pipelines.errors import BadInput
+from pipelines.store.lmdb_file import LmdbFile
+from pipelines.store.metadata import METADATA_KEY
+from pipelines.store.reader import FeatureStore
+from pipelines.store.record import bfloat16_bits, bfloat16_values
+from pipelines.store.writer import StoreWriter
+from tests.pipelines.stores import HEIGHT, WIDTH, made_up, write_store
+
+
+def test_float32_round_trip_is_exact(tmp_path: Path) -> None:
+    store = FeatureStore(write_store(tmp_path / "s", 20, dtype="float32", classes=7))
+    assert len(store) == 20 and store.feature_dim == 32 and store.classes == 7 and store.source == "made up"
+    for seed in range(20):
+        features, boxes, probs = made_up(seed, classes=7 if seed % 2 else 0)
+        record = store.record(str(seed))
+        np.testing.assert_array_equal(record.features, features)
+        np.testing.assert_array_equal(record.boxes, boxes)
+        np.testing.assert_array_equal(record.mean, features.sum(axis=0) / np.float32(len(features)))
+        assert (record.width, record.height) == (WIDTH, HEIGHT)
+        if probs is None:
+            assert record.class_probs is None
+        else:
+            np.testing.assert_array_equal(record.class_probs, probs.astype(np.float16))
+
+
+def test_half_precision_is_rounded_to_nearest(tmp_path: Path) -> None:
+    features, boxes, _ = made_up(8)
+    for dtype, expected in (
+        ("float16", features.astype(np.float16)),
+        ("bfloat16", torch.from_numpy(features).bfloat16().view(torch.uint16).numpy()),
+    ):
+        with StoreWriter(tmp_path / dtype, 32, dtype) as writer:
+            writer.add("x", features, boxes, WIDTH, HEIGHT)
+        record = FeatureStore(tmp_path / dtype).record("x")
+        np.testing.assert_array_equal(record.features, expected)
+        np.testing.assert_array_equal(record.mean, features.sum(axis=0) / np.float32(9))  # of the unrounded rows
+
+
+def test_bfloat16_bits_agree_with_torch() -> None:
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * 10
+    bits = bfloat16_bits(values)
+    np.testing.assert_array_equal(bfloat16_values(bits), torch.from_numpy(values).bfloat16().float().numpy())
+
+
+def test_arrays_are_read_only_aligned_views_that_outlive_the_store(tmp_path: Path) -> None:
+    store = FeatureStore(write_store(tmp_path / "s", 12, feature_dim=17, classes=5))
+    arrays = []
+    for key in store:
+        record = store.record(key)
+        arrays += [record.mean, record.boxes, record.features]
+        arrays += [] if record.class_probs is None else [record.class_probs]
+    sums = [float(array.sum()) for array in arrays]
+    for array in arrays:
+        assert array.ctypes.data % 64 == 0 and not array.flags.writeable and not array.flags.owndata
+    del store, record
+    assert [float(array.sum()) for array in arrays] == sums
+
+
+def test_other_lmdb_and_msgpack_readers_see_the_same(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s", 300, feature_dim=8)
+    entries = dict(LmdbFile(path).items())
+    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        assert {key: bytes(value) for key, value in entries.items()} == dict(transaction.cursor())
+        unpacker = msgpack.Unpacker()
+        unpacker.feed(transaction.get(b"7"))
+        assert unpacker.unpack()[:-1] == [1, 8, 8, 0, WIDTH, HEIGHT, 0]
+    assert METADATA_KEY in entries and sorted(path.iterdir()) == [path / "data.mdb"]
+
+
+def test_counts_sizes_and_rows_need_no_record(tmp_path: Path) -> None:
+    store = FeatureStore(write_store(tmp_path / "s"))
+    assert list(store.keys()) == sorted(map(str, range(12)))
+    rows = store.index(["11", "0", "11"])
+    assert rows.tolist() == [store.keys().index(key) for key in ("11", "0", "11")]
+    assert store.counts[rows].tolist() == [3, 1, 3] and store.sizes[rows[0]].tolist() == [WIDTH, HEIGHT]
+    assert "11" in store and "12" not in store and 11 not in store
+    with pytest.raises(BadInput, match="s: image 12: no features"):
+        store.index(["0", "12"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_gather_fills_the_rows_that_it_is_given(tmp_path: Path, dtype: str, out: torch.dtype) -> None:
+    store = FeatureStore(write_store(tmp_path / "s", dtype=dtype, classes=3))
+    keys = ["7", "3", "7"]
+    rows = store.index(keys)
+    features, boxes = torch.full((32, 32), -1.0, dtype=out), np.full((32, 4), -1, np.float32)
+    starts = [2, 12, 20]
+    store.gather(rows, starts, features, boxes)
+    untouched = np.ones(32, bool)
+    for key, start in zip(keys, starts, strict=True):
+        record = store.record(key)
+        stored = bfloat16_values(record.features.view(np.uint16)) if dtype == "bfloat16" else record.features
+        expected = torch.from_numpy(np.vstack([record.mean, stored.astype(np.float32)])).to(out)
+        n = len(expected)
+        assert torch.equal(features[start : start + n], expected)
+        np.testing.assert_array_equal(boxes[start], [0, 0, WIDTH, HEIGHT])
+        np.testing.assert_array_equal(boxes[start + 1 : start + n], record.boxes)
+        untouched[start : start + n] = False
+    assert (features[torch.from_numpy(untouched)] == -1).all() and (boxes[untouched] == -1).all()
+
+
+def test_gather_can_cut_and_leave_out_the_global_row(tmp_path: Path) -> None:
+    store = FeatureStore(write_store(tmp_path / "s", dtype="float32"))
+    features, boxes = torch.zeros(8, 32), np.zeros((8, 4), np.float32)
+    record = store.record("7")
+    store.gather(store.index(["7"]), [1], features, boxes, max_regions=3, global_row=False)
+    np.testing.assert_array_equal(features[1:4], record.features[:3])
+    assert not features[0].any() and not features[4:].any() and not boxes[4:].any()
+    store.gather(store.index(["7"]), [0], features, boxes, max_regions=2)
+    np.testing.assert_array_equal(features[:3], np.vstack([record.mean, record.features[:2]]))
+    for start in (-1, 0, 7):
+        with pytest.raises(IndexError):
+            store.gather(store.index(["7"]), [start], features, boxes)
+
+
+def _sum_of(store: FeatureStore, key: str) -> float:
+    return float(store.record(key).features.astype(np.float32).sum())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_serves_child_processes(tmp_path: Path, method: str) -> None:
+    store = FeatureStore(write_store(tmp_path / "s"), readahead=False)
+    expected = [_sum_of(store, key) for key in store]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.starmap(_sum_of, [(store, key) for key in store]) == expected
+    assert pickle.loads(pickle.dumps(store)).keys() == store.keys()
+
+
+def test_what_is_no_finished_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no feature store here"):
+        FeatureStore(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no LMDB here"):
+        FeatureStore(tmp_path / "empty")
+    with lmdb.open(str(tmp_path / "other")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"1", b"x")
+    with pytest.raises(BadInput, match="not a feature store"):
+        FeatureStore(tmp_path / "other")
+    features, boxes, _ = made_up(1)
+    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "s", 32) as writer:
+        writer.add("x", features, boxes, WIDTH, HEIGHT)
+        raise RuntimeError
+    with pytest.raises(BadInput, match="unfinished"):
+        FeatureStore(tmp_path / "s.partial")
