@@ -17,7 +17,7 @@ from engine.tasks import TASKS_FILE, Table, TaskRow, TaskTokens, load_table
 from engine.yaml_files import KeyPath, validated
 from pipelines.errors import BadInput
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 """Version of the configuration format."""
 
 
@@ -30,7 +30,7 @@ class World(_Section):
 
     path: str = Field(".world", description="folder that it is built into")
     seed: int = Field(0, ge=0, description="seed of scenes and annotations")
-    size: str = Field("default", description="name of a size that pipelines.world knows")
+    size: Literal["default", "small"] = Field("default", description="how many scenes and annotations")
 
 
 class TaskOverride(_Section):
@@ -105,8 +105,7 @@ class Curriculum(_Section):
     """Groups that train first, before the round-robin over all tasks (paper section 3.3 and Table 6)."""
 
     kind: Literal["none", "curriculum", "anti_curriculum"] = Field(
-        "none",
-        description="easy first or hard first; section 3.3 calls G3 the fastest group (4.3 trains G4) and G1 the slowest",
+        "none", description="easy first or hard first: section 3.3 calls G3 fastest (4.3 trains G4), and G1 slowest"
     )
     groups: tuple[tuple[str, ...], ...] = Field(
         (), description="groups of each phase before the last; none: G3 (curriculum) or G1 (anti_curriculum)"

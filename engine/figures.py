@@ -20,7 +20,7 @@ from pipelines.errors import BadInput
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#8E4A9E", "#B8860B", "#56B4E9")
 """One colour per group, told apart by colour-blind readers too."""
 GREY, INK = "#9a9a9a", "#222222"
-STYLE = {"fontsize": 9, "color": INK}
+STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
 @dataclass
@@ -62,7 +62,7 @@ def dsg_timeline(folder: Path) -> Path:
             )
         ticks = [iteration for iteration, _ in task.validations]
         axes.plot(ticks, [row + 0.33] * len(ticks), "|", color=INK, ms=3.5, mew=0.7, alpha=0.6, zorder=3)
-    axes.set_yticks(range(len(run.tasks)), [task.title for task in run.tasks], **STYLE)  # type: ignore[arg-type]
+    axes.set_yticks(range(len(run.tasks)), [task.title for task in run.tasks], **STYLE)
     for label, task in zip(axes.get_yticklabels(), run.tasks, strict=True):
         label.set_color(task.colour)
     axes.set_ylim(len(run.tasks) - 0.4, -0.6)
@@ -72,7 +72,7 @@ def dsg_timeline(folder: Path) -> Path:
     axes.grid(axis="x", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("iteration", **STYLE)  # type: ignore[arg-type]
+    axes.set_xlabel("iteration", **STYLE)
     legend = [
         Line2D([], [], color=GREY, lw=8, solid_capstyle="butt", label="go: every iteration"),
         Line2D([], [], color=GREY, lw=1.4, label="stop: sparse updates"),
@@ -118,15 +118,15 @@ def scores(folder: Path) -> Path:
     axes = figure.subplots()
     for row, task in enumerate(done):
         assert task.result is not None
-        score, majority, blind = (task.result.get(name) for name in ("score", "majority", "blind"))
+        score, majority, blind = task.result["score"], task.result.get("majority"), task.result.get("blind")
         axes.barh(row, 100 * score, height=0.62, color=task.colour, alpha=0.85, zorder=2)
         marks = [100 * value for value in (score, majority, blind) if value is not None]
-        axes.text(max(marks) + 1.2, row, f"{100 * score:.1f}", va="center", **STYLE)  # type: ignore[arg-type]
+        axes.text(max(marks) + 1.2, row, f"{100 * score:.1f}", va="center", **STYLE)
         if majority is not None:
             axes.plot([100 * majority] * 2, [row - 0.4, row + 0.4], color=INK, lw=2, zorder=3)
         if blind is not None:
             axes.plot(100 * blind, row, "o", ms=6.5, mfc="white", mec=INK, mew=1.3, zorder=4)
-    axes.set_yticks(range(len(done)), [task.title for task in done], **STYLE)  # type: ignore[arg-type]
+    axes.set_yticks(range(len(done)), [task.title for task in done], **STYLE)
     axes.set_ylim(len(done) - 0.4, -0.6)
     axes.set_xlim(0, 106)
     axes.set_xticks(range(0, 101, 20))
@@ -134,7 +134,7 @@ def scores(folder: Path) -> Path:
     _plain(axes, ("left",))
     axes.grid(axis="x", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("validation score, %", **STYLE)  # type: ignore[arg-type]
+    axes.set_xlabel("validation score, %", **STYLE)
     legend = [
         Line2D([], [], color=INK, marker="|", ls="", ms=11, mew=2, label="majority answer"),
         Line2D([], [], marker="o", ls="", ms=6.5, mfc="white", mec=INK, mew=1.3, label="image-blind"),

@@ -7,6 +7,7 @@ continues as `c` does.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
@@ -71,9 +72,10 @@ class Controller(ABC):
         expected = {"controller", *(field.name for field in fields(cls))}
         if state.keys() != expected or state["controller"] != cls.KIND:
             raise ValueError(f"no state of the {cls.KIND} stop-and-go controller: keys {sorted(state)}")
-        values = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+        values: dict[str, Any] = copy.deepcopy(state)
         del values["controller"]
-        return cls(**{**values, "decision": Decision(values["decision"])})
+        values["decision"] = Decision(values["decision"])
+        return cls(**values)
 
 
 @dataclass

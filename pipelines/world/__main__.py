@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.picture:
             from pipelines.world.figure import draw_figure  # matplotlib is slow to import
 
-            draw_figure(arguments.folder, arguments.seed, arguments.size, arguments.picture)
+            draw_figure(arguments.folder, arguments.picture)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import yaml
 
 from engine.config import RunConfig, config_hash, load, load_tasks, resolved
 from pipelines.errors import BadInput
+from pipelines.world.plan import SCALES
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "runs"
 WORLD = RUNS / "world.yaml"
@@ -48,6 +49,11 @@ def test_the_published_run() -> None:
     assert (config.optimizer.eps, config.optimizer.weight_decay, config.optimizer.head_lr) == (1e-6, 0.01, 1e-4)
     assert (config.stopgo.gap, config.stopgo.stop_threshold, config.stopgo.go_threshold) == (4, 0.001, 0.005)
     assert [row.batch for row in rows if row.name in ("vqa", "refcoco", "nlvr2")] == [128, 256, 64]
+
+
+def test_world_sizes_are_those_that_can_be_built() -> None:
+    assert [load(WORLD, [f"world.size={size}"]).world.size for size in SCALES] == list(SCALES)
+    assert "world.size: Input should be" in message(WORLD, "world.size=huge")
 
 
 def test_numbers_that_yaml_1_1_reads_as_text(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.schedule import longest_task_iterations, multiplier, warmup_iterations
+
+Decay = Literal["linear", "constant"]
+DECAYS: list[Decay] = ["linear", "constant"]
 
 
 def test_warmup_is_a_tenth_of_the_shorter_of_run_and_longest_task() -> None:
@@ -31,8 +36,8 @@ def test_linear_decay_is_the_published_one(total: int, data: st.DataObject) -> N
     assert multiplier(iteration, warmup, total) == pytest.approx((total - published_step) / (total - warmup))
 
 
-@given(st.integers(1, 500), st.data(), st.sampled_from(["linear", "constant"]))
-def test_rates_lie_in_0_1_and_rise_then_fall(total: int, data: st.DataObject, decay: str) -> None:
+@given(st.integers(1, 500), st.data(), st.sampled_from(DECAYS))
+def test_rates_lie_in_0_1_and_rise_then_fall(total: int, data: st.DataObject, decay: Decay) -> None:
     warmup = data.draw(st.integers(0, total - 1))
     rates = [multiplier(i, warmup, total, decay) for i in range(1, total + 1)]
     assert all(0 < rate <= 1 for rate in rates)

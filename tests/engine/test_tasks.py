@@ -67,7 +67,7 @@ def test_a_thirteenth_task_is_one_row(tmp_path: Path) -> None:
         ("reader: \"my.readers:read\"", "reader: my.readers.read", r"tasks.counting.reader: .*pattern"),
         ("group: G1", "images: 0, group: G1", r"tasks.counting.images: .*greater than or equal to 1"),
         ("group: G1", "images: 2, group: G1", r"tasks.counting.images: 2 do not fit a head of kind answers"),
-        ("loss: soft_labels, metric: soft_accuracy", "loss: classes, metric: class_accuracy", r"counting.loss: .* not classes"),
+        ("loss: soft_labels, metric: soft_accuracy", "loss: classes, metric: class_accuracy", r"loss: .* not classes"),
         ("metric: soft_accuracy", "metric: class_accuracy", r"tasks.counting: metric class_accuracy cannot score"),
         ("number: 5", "number: 1", r"tasks.counting.number: 1 is the number of vqa already"),
         ("batch: 8", "bacth: 8", r"tasks.counting.bacth: unknown key; did you mean batch\?"),

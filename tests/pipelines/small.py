@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.examples import Choice, Example, Label, Matching, Region, SoftAnswers, Target
@@ -20,6 +21,9 @@ WORDS = ["red", "blue", "big", "small", "ring", "star", "left", "right", "what",
 ANSWERS = ["yes", "no", "2", "red"]
 IMAGES = [f"{number}" for number in range(1, 13)]
 EXAMPLES: dict[str, list[Example]] = {}
+
+Random = np.random.Generator
+Boxes = dict[str, NDArray[np.float32]]
 
 SPECS = {
     "answers": DataSpec("answers", "tests.pipelines.small:read", 1, 9, 8, 1, "soft_labels"),
@@ -40,13 +44,13 @@ def target(name: str, index: int) -> Any:
     return EXAMPLES[name][index].target
 
 
-def random_boxes(random: np.random.Generator, n: int) -> np.ndarray:
+def random_boxes(random: Random, n: int) -> NDArray[np.float32]:
     corners = random.uniform(0, 0.6, (n, 2)) * (WIDTH, HEIGHT)
     sizes = random.uniform(0.1, 0.39, (n, 2)) * (WIDTH, HEIGHT)
     return np.concatenate([corners, corners + sizes], axis=1).astype(np.float32)
 
 
-def write_store(path: Path, boxes: dict[str, np.ndarray], seed: int = 0, dtype: str = "float32") -> None:
+def write_store(path: Path, boxes: Boxes, seed: int = 0, dtype: str = "float32") -> None:
     random = np.random.default_rng(seed)
     with StoreWriter(path, FEATURES, dtype=dtype) as writer:
         for image, image_boxes in boxes.items():
@@ -80,7 +84,7 @@ def _entry(name: str) -> dict[str, object]:
     return entry
 
 
-def _example(random, spec: DataSpec, number: int, detected, annotated) -> Example:  # type: ignore[no-untyped-def]
+def _example(random: Random, spec: DataSpec, number: int, detected: Boxes, annotated: Boxes) -> Example:
     images = tuple(str(image) for image in random.choice(IMAGES, spec.images, replace=False))
     text = " ".join(random.choice(WORDS, random.integers(1, 12)))
     return Example(
@@ -92,7 +96,7 @@ def _example(random, spec: DataSpec, number: int, detected, annotated) -> Exampl
     )
 
 
-def _target(random, spec: DataSpec, image: str, detected, annotated) -> Target:  # type: ignore[no-untyped-def]
+def _target(random: Random, spec: DataSpec, image: str, detected: Boxes, annotated: Boxes) -> Target:
     if spec.target == "soft_labels":
         chosen = random.choice([*ANSWERS, "unheard of"], random.integers(0, 4), replace=False)
         return SoftAnswers(tuple(str(answer) for answer in chosen), tuple(0.3 * (i + 1) for i in range(len(chosen))))

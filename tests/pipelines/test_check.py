@@ -4,15 +4,22 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from pipelines.check import check, main
+from pipelines.datasets import load_task
 from pipelines.errors import BadInput
+from pipelines.loader import validation_batches
 from pipelines.packing import pack
 from pipelines.runs import read_run
+from pipelines.sheet import load_sheet
+from pipelines.wordpiece import WordPiece
 from tests.pipelines import small
 from tests.reference import ROOT
 
@@ -75,7 +82,7 @@ def test_counts(sheet: Path, table: Path) -> None:
     assert row.cut == pytest.approx((lengths > 9).mean())
     assert row.cut > 0
     assert row.regions[3] == 8, "max_regions"
-    known = [set(example.target.answers) & set(small.ANSWERS) for example in examples]
+    known = [set(small.target("answers", index).answers) & set(small.ANSWERS) for index in range(40)]
     assert row.answerable == pytest.approx(np.mean([bool(answers) for answers in known]))
     assert next(report for report in reports if report.task == "pairs").answerable is None
 
@@ -83,10 +90,10 @@ def test_counts(sheet: Path, table: Path) -> None:
 def test_reachable_regions(sheet: Path, table: Path) -> None:
     reports, _ = check(read_run(sheet, table, ["phrases"]), sheet)
     data = small.load(sheet, "phrases", "val")
-    scores = pack(data, np.arange(40), epoch=0, seed=0, training=False, task_token=None).target
-    best = [scores.scores[a:b].max() for a, b in zip(scores.cu_regions, scores.cu_regions[1:], strict=False)]
-    assert reports[1].answerable == pytest.approx(np.mean([float(score) > 0.5 for score in best]))
-    assert 0 < reports[1].answerable < 1
+    target: Any = pack(data, np.arange(40), epoch=0, seed=0, training=False, task_token=None).target
+    best = [float(scores.max()) for scores in target.scores.split(target.cu_regions.diff().tolist())]
+    assert reports[1].answerable == pytest.approx(np.mean([score > 0.5 for score in best]))
+    assert 0.1 < np.mean(np.array(best) > 0.5) < 0.99
 
 
 def test_a_good_sheet_exits_0_with_a_table(sheet: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +181,23 @@ def test_the_command_prints_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'none.yaml'}: no such file (check the path)\n"
+
+
+def test_the_embedded_world_passes_and_every_task_of_it_packs(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    world = {"path": str(tmp_path / "world"), "seed": 3, "size": "small"}
+    run.write_text(yaml.safe_dump({"data": "world", "world": world, "model": "tiny"}))
+    assert main([str(run)]) == 0
+    specs = read_run(run).specs
+    assert len(specs) == 12
+    sheet = load_sheet(tmp_path / "world" / "sheet.yaml")
+    tokenizer = WordPiece.load(sheet.vocabulary)
+    for spec in specs:
+        for split in sheet.entry(spec.name).splits():
+            data = load_task(spec, sheet, split, tokenizer)
+            first, *_ = validation_batches(data, 16, seed=0, task_token=spec.number)
+            assert first.examples == 16
+            assert first.target is not None
 
 
 def test_every_published_task_has_a_row_and_a_set() -> None:

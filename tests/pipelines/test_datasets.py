@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 
 from pipelines import datasets
 from pipelines.answers import Answers
@@ -44,8 +47,8 @@ def test_chunks_change_nothing(sheet: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.undo()
         for field in ("token_ids", "token_offsets", "image_rows", "group_codes", "candidate_rows", "ids"):
             np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
-        for field in dataclasses.fields(whole.target) if whole.target else ():
-            np.testing.assert_array_equal(getattr(whole.target, field.name), getattr(parts.target, field.name))
+        for column in dataclasses.fields(whole.target) if whole.target else ():
+            np.testing.assert_array_equal(getattr(whole.target, column.name), getattr(parts.target, column.name))
 
 
 def test_missing_features_are_refused_or_counted(sheet: Path) -> None:
@@ -58,9 +61,10 @@ def test_missing_features_are_refused_or_counted(sheet: Path) -> None:
 
 
 def test_answers_come_from_the_sheet_or_the_caller(sheet: Path) -> None:
-    few = small.load(sheet, "answers", answers=Answers(["yes"]))
-    assert set(few.target.labels.tolist()) == {0}
-    assert len(few.target.labels) < len(small.load(sheet, "answers").target.labels)
+    few: Any = small.load(sheet, "answers", answers=Answers(["yes"])).target
+    all_four: Any = small.load(sheet, "answers").target
+    assert set(few.labels.tolist()) == {0}
+    assert len(few.labels) < len(all_four.labels)
     content = yaml.safe_load(sheet.read_text())
     del content["sets"]["answers"]["answers"]
     sheet.write_text(yaml.safe_dump(content))
@@ -102,12 +106,12 @@ def test_a_split_that_the_sheet_does_not_have(sheet: Path) -> None:
         small.load(sheet, "answers", "test")
 
 
-def annotated(sheet: Path) -> dict[str, np.ndarray]:
-    store = small.load(sheet, "pointing").candidates
-    return {key: store.record(key).boxes.copy() for key in store}
+def annotated(sheet: Path) -> dict[str, NDArray[np.float32]]:
+    store: Any = small.load(sheet, "pointing").candidates
+    return {key: store.record(key).boxes.copy() for key in list(store.keys())}
 
 
-def rewrite(sheet, name: str, boxes: dict[str, np.ndarray]) -> None:
+def rewrite(sheet: Path, name: str, boxes: dict[str, NDArray[np.float32]]) -> None:
     small.write_store(sheet.parent / name, boxes)
     sheet.write_text(sheet.read_text().replace("annotated.lmdb", name))
 
@@ -130,7 +134,7 @@ def test_an_image_without_annotated_features(sheet: Path) -> None:
 
 def test_other_boxes_in_the_store_are_refused(sheet: Path) -> None:
     rewrite(sheet, "turned.lmdb", {key: value[::-1] for key, value in annotated(sheet).items()})
-    with pytest.raises(BadInput, match="example pointing-0: its . annotated boxes are not the . of image"):
+    with pytest.raises(BadInput, match=r"example pointing-0: its . annotated boxes are not the . of image"):
         small.load(sheet, "pointing")
 
 
@@ -174,7 +178,7 @@ def test_retrieval_needs_two_images(sheet: Path) -> None:
     ],
 )
 def test_bad_pools_are_refused(sheet: Path, arrays: dict[str, Any], message: str) -> None:
-    data = small.load(sheet, "captions")
+    data: Any = small.load(sheet, "captions")
     np.savez(sheet.parent / "pool.npz", **arrays)
     with pytest.raises(BadInput, match=message):
         load_hard_pool(sheet.parent / "pool.npz", data.pool, data.store)
@@ -185,8 +189,8 @@ def test_the_sheet_names_the_pool_for_training_only(sheet: Path) -> None:
     content = yaml.safe_load(sheet.read_text())
     content["sets"]["captions"]["hard_negatives"] = "pool.npz"
     sheet.write_text(yaml.safe_dump(content))
-    assert small.load(sheet, "captions").pool.hard is not None
-    assert small.load(sheet, "captions", "val").pool.hard is None
+    pools: list[Any] = [small.load(sheet, "captions", split).pool for split in ("train", "val")]
+    assert [pool.hard is None for pool in pools] == [False, True]
 
 
 def test_caption_pools_know_their_captions() -> None:

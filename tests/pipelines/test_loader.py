@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,19 +46,29 @@ def test_the_last_batch_of_an_epoch_is_smaller(sources: dict[str, TrainingSource
 
 def test_no_more_than_depth_batches_are_held() -> None:
     release = threading.Event()
-    with Loader({"task": lambda step: release.wait() and step}, depth=2) as loader:
+
+    def slow(step: int) -> Any:
+        release.wait(timeout=5)
+        return step
+
+    with Loader({"task": slow}, depth=2) as loader:
         assert loader.request("task", 0)
         assert loader.request("task", 1)
         assert loader.request("task", 1), "asking again for a pending batch is no second one"
         assert not loader.request("task", 2)
         release.set()
-        assert loader.take("task", 0) == 0
+        taken: Any = loader.take("task", 0)
+        assert taken == 0
         assert loader.request("task", 2)
 
 
 def test_work_is_done_in_the_background() -> None:
     threads = []
-    with Loader({"task": lambda step: threads.append(threading.current_thread())}) as loader:
+
+    def remember(step: int) -> Any:
+        threads.append(threading.current_thread())
+
+    with Loader({"task": remember}) as loader:
         loader.request("task", 0)
         loader.take("task", 0)
         loader.take("task", 1)
@@ -65,7 +77,7 @@ def test_work_is_done_in_the_background() -> None:
 
 
 def test_an_error_reaches_who_takes_the_batch() -> None:
-    def broken(step: int) -> None:
+    def broken(step: int) -> Any:
         raise BadInput("image 7", "damaged record")
 
     with Loader({"task": broken}) as loader:

@@ -43,13 +43,13 @@ def plain_regions(image: str, data: TaskData) -> tuple[NDArray[np.float32], NDAr
     record = data.store.record(image)
     appended = data.candidates.record(image) if data.candidates else None
     room = data.spec.max_regions - 1 - (len(appended.boxes) if appended else 0)
-    features, boxes = [record.mean[None], record.features[:room]], [[[0, 0, small.WIDTH, small.HEIGHT]]]
-    boxes.append(record.boxes[:room])
+    features = [record.mean[None], record.features[:room]]
+    boxes = [np.array([[0, 0, small.WIDTH, small.HEIGHT]], np.float32), record.boxes[:room]]
     first = 1 + len(record.boxes[:room])
     if appended:
         features.append(appended.features)
         boxes.append(appended.boxes)
-    return np.concatenate(features), np.concatenate(boxes).astype(np.float32), first
+    return np.concatenate(features), np.concatenate(boxes), first
 
 
 def plain_locations(boxes: NDArray[np.float32]) -> NDArray[np.float32]:

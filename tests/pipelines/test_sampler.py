@@ -50,6 +50,16 @@ def test_draws_are_uniform_within_their_bounds_and_independent_of_company() -> N
     assert (draws(0, ORDER, 1, samples, 0, bounds) < bounds).all()
 
 
+def test_every_word_of_a_draw_counts() -> None:
+    samples = np.arange(100)
+    streams = [
+        draws(*words, samples, epoch, 1000)
+        for words in ((0, 1, 1), (1, 1, 1), (0, 2, 1), (0, 1, 2))
+        for epoch in (0, 1)
+    ]
+    assert len({stream.tobytes() for stream in streams}) == 8
+
+
 def test_the_hash_is_splitmix64() -> None:
     # The first two outputs of the published generator from seed 0 are the finaliser of one and two golden steps.
     assert int(hash_words(0)) == 0xE220A8397B1DCDAF
