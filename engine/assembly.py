@@ -75,7 +75,9 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     sheet = load_sheet(_sheet_path(config, say))
     tokenizer = WordPiece.load(sheet.vocabulary)
     if len(tokenizer) > config.model.vocab_size:
-        raise BadInput("model.vocab_size", f"{config.model.vocab_size}, but {sheet.vocabulary} has {len(tokenizer)} entries")
+        raise BadInput(
+            "model.vocab_size", f"{config.model.vocab_size}, but {sheet.vocabulary} has {len(tokenizer)} entries"
+        )
     answers = _shared_answers(rows, sheet)
     tokens, scales = task_tokens(config.task_tokens, rows), loss_scale(rows)
     tasks = {}
@@ -117,7 +119,9 @@ def _read(
     train, val = (load_task(spec, sheet, split, tokenizer, answers=answers.get(row.head)) for split in ("train", "val"))
     width = train.store.feature_dim
     if width != config.model.v_feature_size:
-        raise BadInput(train.store.path, f"features of {width} values, model.v_feature_size is {config.model.v_feature_size}")
+        raise BadInput(
+            train.store.path, f"features of {width} values, model.v_feature_size is {config.model.v_feature_size}"
+        )
     sampler = Sampler(len(train), row.batch, config.seed, row.number)
     return TrainingSource(
         train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind
@@ -171,7 +175,9 @@ def _device(config: RunConfig) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device", "cuda asked for, but torch sees no GPU", "device=cpu, or install torch for your driver")
+        raise BadInput(
+            "device", "cuda asked for, but torch sees no GPU", "device=cpu, or install torch for your driver"
+        )
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)

@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, verified before use, readable by the authors' code.
 
-A checkpoint is a folder `iteration-<n>` (`iteration-<n>-<k>` where a stop and a regular save meet): `weights.safetensors` (the published layout), `optimizer.safetensors`,
-`cursor.json`, and `manifest.json`, which names every file with its size and SHA-256 and is written last. The folder is
-filled under another name and renamed, so a killed save leaves nothing that looks like a checkpoint.
+A checkpoint is a folder `iteration-<n>` (`iteration-<n>-<k>` where a stop and a regular save meet):
+`weights.safetensors` (the published layout), `optimizer.safetensors`, `cursor.json`, and `manifest.json`, which names
+every file with its size and SHA-256 and is written last. The folder is filled under another name and renamed, so a
+killed save leaves nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def load(path: Path, model: ViLBERT, optimizer: Optimizer) -> Cursor:
         optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
         return Cursor.from_json((path / "cursor.json").read_text())
     except (KeyError, ValueError, RuntimeError) as error:
-        raise BadInput(path, f"does not belong to this run: {error}", "resume with the run's own configuration") from None
+        raise BadInput(
+            path, f"does not belong to this run: {error}", "resume with the run's own configuration"
+        ) from None
 
 
 def _free_name(folder: Path, iteration: int) -> Path:

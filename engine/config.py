@@ -70,7 +70,6 @@ class Decay(_Section):
 class Optimizer(_Section):
     """AdamW by the published rule: no bias correction, decay after the step, on matrices only (spec section 4.4)."""
 
-    name: Literal["adamw"] = Field("adamw", description="the published optimizer")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times rate times weight, taken off after the step")
@@ -80,7 +79,6 @@ class Optimizer(_Section):
         "live",
         description="live: trunk and the head that ran (Algorithm 1); zero_filled: all heads, zeros as gradients",
     )
-    fused: bool = Field(True, description="torch's fused AdamW, rescaled to the published rule")
 
     @model_validator(mode="after")
     def _betas_fit(self) -> Self:

@@ -70,7 +70,9 @@ class Loop:
         self.parts, self.config, self.cursor = parts, parts.config, cursor
         self.folder, self.listener, self.stop_asked = checkpoints, listener, stop_asked
         self.controllers = {
-            name: restore(cursor.controllers[name]) if name in cursor.controllers else new_controller(self.config.stopgo)
+            name: restore(cursor.controllers[name])
+            if name in cursor.controllers
+            else new_controller(self.config.stopgo)
             for name in parts.tasks
         }
         rows = [task.row for task in parts.tasks.values()]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +78,7 @@ def _classes(logits: Tensor, target: ClassTarget, _: Batch) -> LossAndScore:
     return loss, ((logits.detach().argmax(-1) == target.index) & known).float()
 
 
-_KINDS: dict[type, Callable[[Tensor, Any], LossAndScore]] = {
+_KINDS: dict[type, Callable[..., LossAndScore]] = {
     SoftLabelTarget: _soft_labels,
     OptionTarget: _options,
     RegionTarget: _regions,

@@ -21,9 +21,7 @@ class Reporter(Listener):
 
     def __init__(self, parts: Parts, journal: Journal, console: Console, cursor: Cursor) -> None:
         self.parts, self.journal, self.console, self.cursor = parts, journal, console, cursor
-        self.views = {
-            name: TaskView(score=cursor.scores.get(name), best=cursor.best.get(name)) for name in parts.tasks
-        }
+        self.views = {name: TaskView(score=cursor.scores.get(name), best=cursor.best.get(name)) for name in parts.tasks}
 
     def window(self, iteration: int, task: str, window: Window, clock: Clock, lr: float, decision: Decision) -> None:
         """See `Listener`."""

@@ -93,7 +93,9 @@ def _resume(folder: Path, overrides: list[str]) -> int:
     parts = assemble(config, console.message)
     cursor = checkpoint.load(path, parts.model, parts.optimizer)
     if cursor.config_hash != config_hash(config):
-        raise BadInput(folder / "config.yaml", f"differs from the configuration that {path} was made with", "put it back")
+        raise BadInput(
+            folder / "config.yaml", f"differs from the configuration that {path} was made with", "put it back"
+        )
     console.message(f"continuing from {path}")
     with Journal(folder, keep=cursor.covers) as journal:
         journal.event("resume", cursor.iteration, checkpoint=str(path))

@@ -29,7 +29,7 @@ from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
 from engine.step import train_step
-from engine.stopgo import Decision, PaperController, ReferenceController, restore
+from engine.stopgo import Controller, Decision, PaperController, ReferenceController, restore
 from pipelines.batch import Batch
 from pipelines.errors import BadInput
 
@@ -88,7 +88,9 @@ def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
     meta = _meta(golden)
     config = ModelConfig.from_published(meta["config"], golden / "meta.json")
     tasks = load_tasks(golden, meta)
-    state = read_state(golden / "weights.safetensors" if (golden / "weights.safetensors").exists() else golden / "weights.bin")
+    state = read_state(
+        golden / "weights.safetensors" if (golden / "weights.safetensors").exists() else golden / "weights.bin"
+    )
     model = build(config, tasks, state, golden).to(dtype)
     for task in tasks:
         yield _task_row(model, task, dtype)
@@ -220,7 +222,7 @@ def _controller_row(path: Path, kind: type[ReferenceController | PaperController
     traces = json.loads(path.read_text())["traces"]
     wrong = 0
     for trace in traces:
-        controller: ReferenceController | PaperController = kind()
+        controller: Controller = kind()
         for score, go in zip(trace["scores"], trace["go"], strict=True):
             controller = restore(json.loads(json.dumps(controller.state_dict())))
             wrong += (controller.update(score) is Decision.GO) != bool(go)

@@ -73,7 +73,9 @@ def keep_mask_torch(dropout: Dropout, row_key: Tensor, row_index: Tensor, width:
     return (columns[:, :width] >= dropout.threshold).to(torch.uint8)
 
 
-def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32-10 on int64 tensors that hold unsigned 32-bit values; counters broadcast against each other."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -1,6 +1,6 @@
 """Masked-word modelling over the masked rows alone: multiply by the tied word embeddings, softmax cross-entropy.
 
-    loss = (1 / m) Σ_masked −log softmax(h Eᵀ + b)_label       (paper 3.1, spec section 2.1); 0 where nothing is masked.
+loss = (1 / m) Σ_masked −log softmax(h Eᵀ + b)_label       (paper 3.1, spec section 2.1); 0 where nothing is masked.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ def _library() -> ctypes.CDLL | None:
     path = _ROOT.parent / "build" / f"libstopgo_native-{_digest()}.so"
     reason = "" if path.exists() else _build(path)
     if reason:
-        print(f"stopgo: no native kernels ({reason}); dropout falls back to plain torch, about 20 x slower", file=sys.stderr)
+        print(
+            f"stopgo: no native kernels ({reason}); dropout falls back to plain torch, about 20 x slower",
+            file=sys.stderr,
+        )
         return None
     library = ctypes.CDLL(str(path))
     if library.stopgo_abi_version() != _ABI_VERSION:

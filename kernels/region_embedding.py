@@ -22,9 +22,7 @@ def region_embedding(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """[R, V] from projected features x [R, V], boxes [R, 5], location_weight [V, 5] and vectors [V]."""
-    return region_embedding_torch(
-        x, feature_bias, boxes, location_weight, location_bias, weight, shift, rows, dropout
-    )
+    return region_embedding_torch(x, feature_bias, boxes, location_weight, location_bias, weight, shift, rows, dropout)
 
 
 def region_embedding_torch(

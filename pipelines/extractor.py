@@ -161,13 +161,13 @@ def _join_runs(rows: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray
 
 def _describe(pixels: Floats, labels: NDArray[np.int32], boxes: Floats) -> Regions:
     descriptors = np.stack([_descriptor(pixels, labels, box) for box in boxes])
-    projection, bias = _projection()
-    features = np.maximum(descriptors @ projection + bias, 0).astype(np.float32)
+    centre, projection, bias = _projection()
+    features = np.maximum((descriptors - centre) @ projection + bias, 0).astype(np.float32)
     return Regions(boxes.astype(np.float32), features, _class_probs(descriptors))
 
 
 def _descriptor(pixels: Floats, labels: NDArray[np.int32], box: Floats) -> Floats:
-    """Colours (9), mean RGB (3), silhouette (64), texture (6), size (6) of the patch that fills most of the box."""
+    """Colours (9), mean RGB (3), silhouette (64), texture (6), size (5) of the patch that fills most of the box."""
     height, width = labels.shape
     x1, y1 = max(int(np.floor(box[0])), 0), max(int(np.floor(box[1])), 0)
     x2, y2 = min(max(int(np.ceil(box[2])), x1 + 1), width), min(max(int(np.ceil(box[3])), y1 + 1), height)
@@ -191,7 +191,7 @@ def _descriptor(pixels: Floats, labels: NDArray[np.int32], box: Floats) -> Float
         (inside.mean(0) if len(inside) else np.zeros(3)) / 255,
         grid.ravel(),
         [histogram[-1], down, across, min(down, across), max(down, across), abs(down - across)],
-        [area / max(mask.size, 1), (x2 - x1) / 48, (y2 - y1) / 48, np.sqrt(area) / 40, (x2 - x1) / (y2 - y1) / 2, 1.0],
+        [area / max(mask.size, 1), (x2 - x1) / 48, (y2 - y1) / 48, np.sqrt(area) / 40, (x2 - x1) / (y2 - y1) / 2],
     ]).astype(np.float32)  # fmt: skip
 
 
@@ -203,14 +203,22 @@ def _nearest_colour(colours: Floats) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1)
-def _projection() -> tuple[Floats, Floats]:
-    """Fixed random matrix and bias. Groups are scaled so that each moves the features about equally."""
-    groups = [(9, 2.0), (3, 0.7), (_GRID * _GRID, 0.55), (6, 3.0), (6, 1.5)]
+def _projection() -> tuple[Floats, Floats, Floats]:
+    """Fixed centre of the descriptors, random matrix, bias. The groups move the features about equally.
+
+    Without a centre, what all things have in common would be most of a feature, and attention slow to tell them apart.
+    """
+    centre = np.concatenate([
+        np.full(8, 1 / 8), [0.2], np.full(3, 0.5), _prototypes().mean(0), [0.2, 0.1, 0.1, 0.05, 0.12, 0.07],
+        [0.65, 0.63, 0.63, 0.6, 0.5],
+    ])  # fmt: skip
+    groups = [(9, 2.0), (3, 0.7), (_GRID * _GRID, 0.55), (6, 4.0), (5, 3.0)]
     scale = np.concatenate([np.full(size, weight) for size, weight in groups])
     # RandomState is frozen by numpy's own promise: the same numbers in every version
     random = np.random.RandomState(20200612)
-    matrix = random.normal(size=(len(scale), FEATURE_DIM)) * scale[:, None] / np.sqrt(6)
-    return matrix.astype(np.float32), random.uniform(-0.3, 0.3, FEATURE_DIM).astype(np.float32)
+    matrix = random.normal(size=(len(scale), FEATURE_DIM)) * scale[:, None] / np.sqrt(3)
+    bias = random.uniform(-0.3, 0.3, FEATURE_DIM)
+    return centre.astype(np.float32), matrix.astype(np.float32), bias.astype(np.float32)
 
 
 def _class_probs(descriptors: Floats) -> Floats:

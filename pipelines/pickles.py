@@ -43,7 +43,7 @@ def load_pickle(
         return _AllowListed(data, allow).load()
     except _Forbidden as forbidden:
         raise BadInput(where, f"the pickle asks for {forbidden}", "not loaded; is the source to be trusted?") from None
-    except Exception as error:  # hostile bytes can raise anything at all: every failure is bad input
+    except Exception as error:  # noqa: BLE001 - hostile bytes can raise anything at all: every failure is bad input
         what = f"not a whole pickle ({type(error).__name__}: {error})"
         raise BadInput(where, what, "truncated or damaged? fetch it again") from None
 

@@ -46,10 +46,8 @@ def read_run(path: Path, table: Path = TASK_TABLE, tasks: Sequence[str] | None =
         return RunData(path, {}, _choose(path, specs, chosen))
     default = [name for name, (_, by_default) in specs.items() if by_default]
     named = keys.get("tasks", "all")
-    if tasks:
-        chosen = list(tasks)
-    else:
-        chosen = default if named == "all" else [str(name) for name in _sequence(path, "tasks", named)]
+    configured = default if named == "all" else [str(name) for name in _sequence(path, "tasks", named)]
+    chosen = list(tasks) if tasks else configured
     overrides = _mapping(path, "task_overrides", keys.get("task_overrides") or {})
     data = str(keys.get("data", "world"))
     model = _model(path, keys.get("model"))

@@ -71,25 +71,22 @@ class PaddedModel:
         v = v + self.linear(locations.to(self.dtype), "bert.v_embeddings.image_location_embeddings")
         v = self.norm(v, "bert.v_embeddings.LayerNorm")
         t_bias, v_bias = (((1 - m.to(self.dtype)) * -10000.0)[:, None, None, :] for m in (mask, image_mask))
-        ti = vi = 0
-        for k in range(c.n_bridges):
-            for ti in range(ti, c.t_biattention_id[k]):
-                t = self.layer(t, t_bias, f"bert.encoder.layer.{ti}", c.num_attention_heads)
-            for vi in range(vi, c.v_biattention_id[k]):
-                v = self.layer(v, v_bias, f"bert.encoder.v_layer.{vi}", c.v_num_attention_heads)
-            ti, vi = c.t_biattention_id[k], c.v_biattention_id[k]
-            v, t = self.bridge(v, t, v_bias, t_bias, f"bert.encoder.c_layer.{k}")
-        for vi in range(vi, c.v_num_hidden_layers):
-            v = self.layer(v, v_bias, f"bert.encoder.v_layer.{vi}", c.v_num_attention_heads)
-        for ti in range(ti, c.num_hidden_layers):
-            t = self.layer(t, t_bias, f"bert.encoder.layer.{ti}", c.num_attention_heads)
+        t_stops = (0, *c.t_biattention_id, c.num_hidden_layers)
+        v_stops = (0, *c.v_biattention_id, c.v_num_hidden_layers)
+        for k in range(c.n_bridges + 1):
+            for i in range(t_stops[k], t_stops[k + 1]):
+                t = self.layer(t, t_bias, f"bert.encoder.layer.{i}", c.num_attention_heads)
+            for j in range(v_stops[k], v_stops[k + 1]):
+                v = self.layer(v, v_bias, f"bert.encoder.v_layer.{j}", c.v_num_attention_heads)
+            if k < c.n_bridges:
+                v, t = self.bridge(v, t, v_bias, t_bias, f"bert.encoder.c_layer.{k}")
         return t, v
 
     def logits(self, head: str, inputs: dict[str, Tensor], token: int | None) -> Tensor:
         """Pooled heads: [rows, outputs] (two rows an output for the paired head); region head: [rows, R]."""
-        t, v = self.streams(
-            inputs["input_ids"], inputs["input_mask"], inputs["features"], inputs["locations"], inputs["image_mask"], token
-        )
+        names = ("input_ids", "input_mask", "features", "locations", "image_mask")
+        ids, mask, features, locations, image_mask = (inputs[name] for name in names)
+        t, v = self.streams(ids, mask, features, locations, image_mask, token)
         if head == "vision_logit":
             return self.linear(v, head)[..., 0]
         pooled = torch.relu(self.linear(t[:, 0], "bert.t_pooler.dense")) * torch.relu(

@@ -47,7 +47,9 @@ class ModelConfig(BaseModel):
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="dropout on text attention")
     v_hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="image dropout")
     v_attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="dropout on image attention")
-    head_dropout_prob: float = Field(0.1, ge=0, lt=1, description="dropout of the pooled product and before region logits")
+    head_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="dropout of the pooled product and before region logits"
+    )
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of new weights")
 
     @model_validator(mode="after")
@@ -61,7 +63,10 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{width} {getattr(self, width)} is no multiple of {heads} {getattr(self, heads)}")
         if not self.v_biattention_id or len(self.v_biattention_id) != len(self.t_biattention_id):
             raise ValueError("v_biattention_id and t_biattention_id need the same number of entries, at least one")
-        for key, layers in (("v_biattention_id", self.v_num_hidden_layers), ("t_biattention_id", self.num_hidden_layers)):
+        for key, layers in (
+            ("v_biattention_id", self.v_num_hidden_layers),
+            ("t_biattention_id", self.num_hidden_layers),
+        ):
             ids = getattr(self, key)
             if list(ids) != sorted(ids) or ids[0] < 0 or ids[-1] > layers:
                 raise ValueError(f"{key} {list(ids)} must ascend within 0..{layers}")

@@ -56,7 +56,7 @@ class FlatBlock(nn.Module):
 
     def fields(self) -> dict[str, Tensor]:
         """Every field as a view of its flat parameter; one `split` each, whose backward is one concatenation."""
-        views = {}
+        views: dict[str, Tensor] = {}
         for flat, layout in ((self.matrices, self._matrix_fields), (self.vectors, self._vector_fields)):
             pieces = flat.split([prod(shape) for shape in layout.values()])
             views |= {name: piece.view(shape) for (name, shape), piece in zip(layout.items(), pieces, strict=True)}
@@ -86,7 +86,9 @@ def is_scale(key: str) -> bool:
     return key.endswith(("LayerNorm.weight", "LayerNorm1.weight", "LayerNorm2.weight", "logit_fc.2.weight"))
 
 
-def _allocate(fields: dict[str, list[tuple[str, tuple]]]) -> tuple[nn.Parameter, dict[str, tuple[int, ...]], list[Part]]:
+def _allocate(
+    fields: dict[str, list[tuple[str, tuple]]],
+) -> tuple[nn.Parameter, dict[str, tuple[int, ...]], list[Part]]:
     parts: list[Part] = []
     shapes: dict[str, tuple[int, ...]] = {}
     offset = 0

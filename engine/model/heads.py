@@ -30,12 +30,15 @@ class Head(FlatBlock):
     need = Need.POOLED
     pairs = 1
 
+    def __init__(self, prefix: str, config: ModelConfig, outputs: int) -> None:
+        super().__init__()
+
 
 class MLPHead(Head):
     """Two layers over the pooled product: linear, GELU, LayerNorm, linear (paper eq. 1; spec section 1.6)."""
 
     def __init__(self, prefix: str, config: ModelConfig, outputs: int) -> None:
-        super().__init__()
+        super().__init__(prefix, config, outputs)
         width, inner = self.pairs * config.bi_hidden_size, 2 * config.bi_hidden_size
         self.allocate(
             f"{prefix}.logit_fc.",
@@ -67,7 +70,7 @@ class LinearHead(Head):
     """One linear layer over the pooled product (paper eq. 2; SNLI-VE's three classes)."""
 
     def __init__(self, prefix: str, config: ModelConfig, outputs: int) -> None:
-        super().__init__()
+        super().__init__(prefix, config, outputs)
         self.allocate(
             f"{prefix}.",
             {"out": [("weight", (outputs, config.bi_hidden_size))]},
@@ -86,7 +89,7 @@ class RegionHead(Head):
     need = Need.REGIONS
 
     def __init__(self, prefix: str, config: ModelConfig, outputs: int) -> None:
-        super().__init__()
+        super().__init__(prefix, config, outputs)
         self.allocate(
             f"{prefix}.",
             {"out": [("weight", (outputs, config.v_hidden_size))]},

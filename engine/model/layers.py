@@ -196,19 +196,17 @@ class Bridge(FlatBlock):
     ) -> tuple[Tensor, Tensor]:
         """(text [T, D], image [R, V]) of the same pairs -> both, updated from each other's inputs."""
         w = self.fields()
-        text_qkv = F.linear(text, w["text_qkv"], w["text_qkv_bias"]).chunk(3, -1)
-        image_qkv = F.linear(image, w["image_qkv"], w["image_qkv_bias"]).chunk(3, -1)
+        q_text, k_text, v_text = F.linear(text, w["text_qkv"], w["text_qkv_bias"]).chunk(3, -1)
+        q_image, k_image, v_image = F.linear(image, w["image_qkv"], w["image_qkv_bias"]).chunk(3, -1)
         text_context, image_context = coattention(
-            text_qkv, image_qkv, text_rows, image_rows, self.heads,
+            (q_text, k_text, v_text), (q_image, k_image, v_image), text_rows, image_rows, self.heads,
             random.dropout(self.text_reads, slot=0), random.dropout(self.image_reads, slot=1),
         )  # fmt: skip
         text = self._after(w, "text", text_context, text, text_rows, self.text_dropout, random, slot=2)
         image = self._after(w, "image", image_context, image, image_rows, self.image_dropout, random, slot=4)
         return text, image
 
-    def image_side(
-        self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness
-    ) -> Tensor:
+    def image_side(self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness) -> Tensor:
         """The image output alone, [R, V]: what the text side would need (query2, key1, value1, …) is not computed."""
         w = self.fields()
         rest = [self.inner, 2 * self.inner]

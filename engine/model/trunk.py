@@ -7,6 +7,7 @@ bridge depends on one modality alone, so it runs once per unique text or image; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -18,6 +19,9 @@ from engine.model.layers import Bridge, ImageEmbedding, Poolers, TextEmbedding, 
 from engine.model.randomness import Randomness
 from kernels.rows import Rows
 from pipelines.batch import Batch
+
+At = Callable[[nn.Module], Randomness]
+"""The random coordinates of a block."""
 
 
 class Need(Enum):
@@ -94,6 +98,7 @@ class Trunk(nn.Module):
                 image = self._run(
                     self.image_layers, c.v_biattention_id[k - 1], c.v_biattention_id[k], image, image_rows, at
                 )
+            assert isinstance(bridge, Bridge)
             if k == last and need is Need.REGIONS:
                 image = bridge.image_side(text, image, text_rows, image_rows, at(bridge))
             else:
@@ -117,11 +122,13 @@ class Trunk(nn.Module):
             text, image = text[streams.text_rows.starts], image[streams.image_rows.starts]
         return self.poolers(text, image, rows, self._at(random)(self.poolers), slot=int(pretraining))
 
-    def _at(self, random: Randomness):  # type: ignore[no-untyped-def]
+    def _at(self, random: Randomness) -> At:
         return lambda block: random.at(self._number[id(block)])
 
     @staticmethod
-    def _run(layers: nn.ModuleList, start: int, stop: int, x: Tensor, rows: Rows, at, first_only: bool = False) -> Tensor:  # type: ignore[no-untyped-def]
+    def _run(
+        layers: nn.ModuleList, start: int, stop: int, x: Tensor, rows: Rows, at: At, first_only: bool = False
+    ) -> Tensor:
         """Layers start..stop-1; with `first_only` the result is row 0 of each item."""
         for i in range(start, stop):
             layer = layers[i]

@@ -24,9 +24,7 @@ class ViLBERT(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.heads = nn.ModuleDict(
-            {name: KINDS[spec.kind](name, config, spec.outputs) for name, spec in heads.items()}  # type: ignore[call-arg]
-        )
+        self.heads = nn.ModuleDict({name: KINDS[spec.kind](name, config, spec.outputs) for name, spec in heads.items()})
         self.head_specs = dict(heads)
         self.pretraining = PretrainingHeads(config) if pretraining else None
         self.carried: dict[str, Tensor] = {}

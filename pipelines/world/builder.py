@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipelines.world.files import write_json, write_text
 from pipelines.world.games import write_guesswhat
 from pipelines.world.pictures import Progress, write_pictures
 from pipelines.world.plan import Plan, draw_plan, overlap
-from pipelines.world.questions import write_gqa, write_visual_genome_qa, write_vqa
+from pipelines.world.question_files import write_gqa, write_visual_genome_qa, write_vqa
 from pipelines.world.statements import write_nlvr2, write_snli_ve
 from pipelines.world.vocabulary import write_vocabulary
 
@@ -84,6 +84,8 @@ def _alone(path: Path) -> Iterator[None]:
 def _build(path: Path, seed: int, size: str, progress: Progress) -> None:
     plan = draw_plan(seed, size)
     _found(path)  # refuses to replace what is no world
+    for left_behind in path.parent.glob(f"{path.name}.partial-*"):  # by a build that was killed; the lock is ours
+        shutil.rmtree(left_behind)
     partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
     try:
         write_annotations(plan, partial, progress)
@@ -133,8 +135,8 @@ def write_annotations(plan: Plan, folder: Path, progress: Progress) -> None:
 def sheet() -> dict[str, Any]:
     """The data sheet (see `pipelines.sheet`): for every data set its stores, and its reader's arguments by split."""
 
-    def by_split(train: str, val: str, test: str, make: Any) -> dict[str, Any]:
-        return {"train": make(train), "val": make(val), "test": make(test)}
+    def by_split(train: str, val: str, test: str, arguments: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        return {"train": arguments(train), "val": arguments(val), "test": arguments(test)}
 
     def refer(folder: str, who: str) -> dict[str, Any]:
         files = {"refs": f"{folder}/refs({who}).json", "instances": f"{folder}/instances.json"}
@@ -143,44 +145,40 @@ def sheet() -> dict[str, Any]:
     def retrieval(folder: str, test: str) -> dict[str, Any]:
         return by_split("train", "val", test, lambda s: {"captions": [f"{folder}/all_data_final_{s}_2014.jsonline"]})
 
+    vqa = by_split("train2014", "val2014", "test2015", lambda split: {
+        "questions": [f"vqa/v2_OpenEnded_mscoco_{split}_questions.json"],
+        "annotations": [f"vqa/v2_mscoco_{split}_annotations.json"],
+    })  # fmt: skip
+    genome = by_split("train", "val", "test", lambda s: {"questions": [f"visual_genome/question_answers_{s}.json"]})
+    gqa = by_split("train", "val", "testdev", lambda split: {"questions": [f"gqa/{split}_balanced_questions.json"]})
+    pointing = by_split("train", "val", "test", lambda split: {
+        "questions": "visual7w/dataset_v7w_pointing.json", "split": split,
+    })  # fmt: skip
+    games = by_split("train", "valid", "test", lambda split: {"games": [f"guesswhat/guesswhat.{split}.jsonl"]})
+    nlvr2 = by_split("train", "dev", "test1", lambda split: {"statements": [f"nlvr2/{split}.json"]})
+    snli_ve = by_split("train", "dev", "test", lambda split: {"pairs": [f"snli_ve/snli_ve_{split}.jsonl"]})
+    grounding = by_split("train", "val", "test", lambda split: {
+        "sentences": "flickr30k_entities/Sentences", "annotations": "flickr30k_entities/Annotations",
+        "images": f"flickr30k_entities/{split}.txt",
+    })  # fmt: skip
     coco, vg, flickr = ({"features": f"features/{source}.lmdb"} for source in ("coco", "vg", "flickr"))
     shared_answers = {"answers": "vqa/trainval_label2ans.json"}
     return {
         "format": 1,
         "vocabulary": "vocab.txt",
         "sets": {
-            "vqa": {**coco, **shared_answers, **by_split("train2014", "val2014", "test2015", lambda split: {
-                "questions": [f"vqa/v2_OpenEnded_mscoco_{split}_questions.json"],
-                "annotations": [f"vqa/v2_mscoco_{split}_annotations.json"],
-            })},
-            "visual_genome_qa": {**vg, **shared_answers, **by_split("train", "val", "test", lambda split: {
-                "questions": [f"visual_genome/question_answers_{split}.json"],
-            })},
-            "gqa": {**vg, "answers": "gqa/trainval_label2ans.json", **by_split("train", "val", "testdev", lambda split: {
-                "questions": [f"gqa/{split}_balanced_questions.json"],
-            })},
+            "vqa": {**coco, **shared_answers, **vqa},
+            "visual_genome_qa": {**vg, **shared_answers, **genome},
+            "gqa": {**vg, "answers": "gqa/trainval_label2ans.json", **gqa},
             "coco_retrieval": {**coco, **retrieval("coco_retrieval", "test_set0")},
             "flickr30k_retrieval": {**flickr, **retrieval("flickr30k", "test")},
             "refcoco": {**coco, **refer("refcoco", "unc")},
             "refcoco_plus": {**coco, **refer("refcoco+", "unc")},
             "refcocog": {**coco, **refer("refcocog", "umd")},
-            "visual7w": {**vg, "candidates": "features/visual7w_boxes.lmdb", **by_split("train", "val", "test", lambda s: {
-                "questions": "visual7w/dataset_v7w_pointing.json", "split": s,
-            })},
-            "guesswhat_pointing": {
-                **coco, "candidates": "features/guesswhat_boxes.lmdb",
-                **by_split("train", "valid", "test", lambda split: {"games": [f"guesswhat/guesswhat.{split}.jsonl"]}),
-            },
-            "nlvr2": {
-                "features": "features/nlvr2.lmdb",
-                **by_split("train", "dev", "test1", lambda split: {"statements": [f"nlvr2/{split}.json"]}),
-            },
-            "snli_ve": {
-                **flickr, **by_split("train", "dev", "test", lambda split: {"pairs": [f"snli_ve/snli_ve_{split}.jsonl"]}),
-            },
-            "flickr30k_grounding": {**flickr, **by_split("train", "val", "test", lambda split: {
-                "sentences": "flickr30k_entities/Sentences", "annotations": "flickr30k_entities/Annotations",
-                "images": f"flickr30k_entities/{split}.txt",
-            })},
+            "visual7w": {**vg, "candidates": "features/visual7w_boxes.lmdb", **pointing},
+            "guesswhat_pointing": {**coco, "candidates": "features/guesswhat_boxes.lmdb", **games},
+            "nlvr2": {"features": "features/nlvr2.lmdb", **nlvr2},
+            "snli_ve": {**flickr, **snli_ve},
+            "flickr30k_grounding": {**flickr, **grounding},
         },
-    }  # fmt: skip
+    }

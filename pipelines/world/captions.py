@@ -6,6 +6,7 @@ A caption names two or three things by colour and shape and sometimes more, so f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -67,8 +68,8 @@ def _phrase(random: Random, scene: Scene, thing: Thing) -> Phrase:
     return Phrase(a(random, what), tuple(what.matches(scene)))
 
 
-def _sentence(parts: object) -> str:
-    words = " ".join(parts).replace(" ,", ",")  # type: ignore[arg-type]
+def _sentence(parts: Iterable[str]) -> str:
+    words = " ".join(parts).replace(" ,", ",")
     return f"{words[0].upper()}{words[1:]}."
 
 

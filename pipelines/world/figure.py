@@ -44,9 +44,9 @@ def draw_figure(folder: Path, target: Path) -> None:
     FigureCanvasAgg(figure)
     rows = figure.add_gridspec(2, 4, left=0.02, right=0.98, top=0.93, bottom=0.02, hspace=0.1, wspace=0.08)
     for place, panel in enumerate(panels):
-        picture, text = rows[place // 4, place % 4].subgridspec(2, 1, height_ratios=(1.25, 1), hspace=0.03)
-        _show(figure.add_subplot(picture), panel)
-        _write(figure.add_subplot(text), panel)
+        cell = rows[place // 4, place % 4].subgridspec(2, 1, height_ratios=(1.25, 1), hspace=0.03)
+        _show(figure.add_subplot(cell[0, 0]), panel)
+        _write(figure.add_subplot(cell[1, 0]), panel)
     figure.suptitle("The embedded world: scenes, and what its data sets say about them", color=_INK, fontsize=17)
     figure.savefig(target, dpi=110)
 
@@ -136,7 +136,11 @@ def _refer(folder: Path) -> Panel:
         files = {"refs": folder / name / f"refs({who}).json", "instances": folder / name / "instances.json"}
         return [example for split in ("train", "val", "test") for example in refer.read(**files, split=split)]
 
-    by_name = {"RefCOCO": read("refcoco", "unc"), "RefCOCO+": read("refcoco+", "unc"), "RefCOCOg": read("refcocog", "umd")}
+    by_name = {
+        "RefCOCO": read("refcoco", "unc"),
+        "RefCOCO+": read("refcoco+", "unc"),
+        "RefCOCOg": read("refcocog", "umd"),
+    }
     shared = [{example.images[0] for example in examples} for examples in by_name.values()]
     image = min(set.intersection(*shared) or shared[0])
     lines, boxes = [], []

@@ -64,7 +64,7 @@ class Scene:
 
 
 def draw_scene(random: Random) -> Scene:
-    """A random scene of 4 to 9 things. Colours and shapes repeat within a scene, so one attribute rarely names a thing."""
+    """A random scene of 4 to 9 things. Colours and shapes repeat in it, so that one attribute rarely names a thing."""
     while True:
         scene = _try_scene(random)
         if scene is not None:

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from pipelines.world.captions import draw_caption, plain
-from pipelines.world.claims import NUMBERS, Claim, Is, Related, draw_claim, kind_of
+from pipelines.world.claims import NUMBERS, Is, Related, draw_claim, kind_of
 from pipelines.world.files import write_json_lines
 from pipelines.world.language import Description, a, describe, noun_phrase
 from pipelines.world.plan import Plan
@@ -52,17 +52,20 @@ class PairClaim:
         if self.form == "count":
             said = f"{NUMBERS[self.number]} {noun_phrase(random, self.what, many=self.number != 1)}"
             return f"The right image contains exactly {said}."
-        thing = a(random, self.what)
-        if self.form in ("left", "right"):
-            wordings = (f"The {self.form} image contains {thing}.", f"There is {thing} in the {self.form} image.",
-                        f"The image on the {self.form} shows {thing}.")  # fmt: skip
-        else:
-            wordings = {
-                "both": (f"Both images contain {thing}.", f"There is {thing} in each image."),
-                "one": (f"Only one of the images contains {thing}.", f"Exactly one image shows {thing}."),
-                "either": (f"At least one of the images contains {thing}.", f"There is {thing} in at least one image."),
-            }[self.form]  # fmt: skip
-        return random.choice(wordings)
+        wordings = _SIDE_WORDINGS if self.form in ("left", "right") else _WORDINGS[self.form]
+        return random.choice(wordings).format(a(random, self.what), side=self.form)
+
+
+_SIDE_WORDINGS = (
+    "The {side} image contains {}.",
+    "There is {} in the {side} image.",
+    "The image on the {side} shows {}.",
+)
+_WORDINGS = {
+    "both": ("Both images contain {}.", "There is {} in each image."),
+    "one": ("Only one of the images contains {}.", "Exactly one image shows {}."),
+    "either": ("At least one of the images contains {}.", "There is {} in at least one image."),
+}
 
 
 _FORMS = ("left", "left", "left", "right", "right", "right", "both", "one", "either", "either", "count", "more")
@@ -133,12 +136,12 @@ def write_nlvr2(plan: Plan, folder: Path) -> None:
 LABELS = ("entailment", "contradiction", "neutral")
 
 
-def relation_to(scene: Scene, claim: Claim) -> str | None:
+def relation_to(scene: Scene, claim: Is | Related) -> str | None:
     """The label of a claim as a hypothesis about a scene; None where one would hesitate."""
     truth = claim.holds(scene)
     if truth is not None:
         return "entailment" if truth else "contradiction"
-    spoken_of = [claim.one, claim.other] if isinstance(claim, Related) else [claim.what] if isinstance(claim, Is) else []
+    spoken_of = (claim.one, claim.other) if isinstance(claim, Related) else (claim.what,)
     missing = any(not any(what.may_fit(thing) for thing in scene.things) for what in spoken_of)
     return "neutral" if missing else None
 
@@ -147,7 +150,7 @@ def draw_triple(random: Random, images: dict[int, Scene]) -> tuple[str, dict[str
     """A hypothesis, and for every label an image."""
     every = list(images)
     claim = draw_claim(random, images[random.choice(every)], random.choice(("is", "is", "is", "related")))
-    if claim is None:
+    if not isinstance(claim, Is | Related):
         return None
     found: dict[str, int] = {}
     for _ in range(60):

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.examples import Example
-from pipelines.readers import captions, conceptual_captions, gqa, guesswhat, nlvr2, refer, snli_ve, visual7w, vqa
-from pipelines.readers import visual_genome
+from pipelines.readers import (
+    captions,
+    conceptual_captions,
+    gqa,
+    guesswhat,
+    nlvr2,
+    refer,
+    snli_ve,
+    visual7w,
+    visual_genome,
+    vqa,
+)
 from pipelines.world.files import write_text
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -9,7 +9,7 @@ import yaml
 from engine.config import RunConfig, load
 from tests.pipelines.small import FEATURES, build
 
-ROWS = {
+ROWS: dict[str, dict[str, object]] = {
     "heads": {
         "answer_head": {"kind": "answers"},
         "match_head": {"kind": "match", "options": 4},
@@ -48,7 +48,7 @@ def configure(folder: Path, *overrides: str) -> RunConfig:
         (folder / "rows.yaml").write_text(yaml.safe_dump(ROWS))
         run = {
             "name": "small", "model": MODEL, "data": str(folder / "sheet.yaml"), "task_rows": [str(folder / "rows.yaml")],
-            "tasks": list(ROWS["tasks"]), "max_iterations": 6, "output": str(folder / "run"),
+            "tasks": [*ROWS["tasks"]], "max_iterations": 6, "output": str(folder / "run"),
             "logging": {"every": 3, "console": "quiet"}, "optimizer": {"head_lr": None},
         }  # fmt: skip
         (folder / "run.yaml").write_text(yaml.safe_dump(run))

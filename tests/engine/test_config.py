@@ -110,7 +110,7 @@ def test_task_rows_from_another_file(tmp_path: Path) -> None:
         ("tasks=[vqa, vqa]", "none twice"),
         ("max_iterations=0", "max_iterations: Input should be greater than or equal to 1"),
         ("max_iterations=ten", "max_iterations: Input should be a valid integer"),
-        ("optimizer=3", "optimizer: needs a mapping of keys: name, betas"),
+        ("optimizer=3", "optimizer: needs a mapping of keys: betas"),
         ("format=2", "format: Input should be 1"),
         ("stopgo.enabled=maybe", "stopgo.enabled: Input should be a valid boolean"),
         ("decay.kind=steps", "boundaries are needed by kind steps"),

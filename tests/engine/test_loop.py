@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from engine.assembly import Parts, assemble
 from engine.checkpoint import load, newest_valid
 from engine.cursor import Cursor
-from engine.losses import loss_and_score
 from engine.loop import Listener, Loop, TooManySkipped
+from engine.losses import loss_and_score
 from engine.model.randomness import Randomness
 from engine.step import train_step
 from engine.stopgo import Decision
 from pipelines.loader import TrainingSource
+from pipelines.sampler import Sampler
 from tests.engine.small_run import configure
 
 
@@ -62,7 +65,13 @@ def test_zero_filled_update_moves_heads_that_have_run(tmp_path: Path) -> None:
     for name in ("answers", "captions"):
         task, before = parts.tasks[name], weights(parts)
         train_step(
-            parts.model, parts.optimizer, task.train(0), task.row.head, loss_scale=1.0, lr_multiplier=1.0, random=Randomness()
+            parts.model,
+            parts.optimizer,
+            task.train(0),
+            task.row.head,
+            loss_scale=1.0,
+            lr_multiplier=1.0,
+            random=Randomness(),
         )
     after = weights(parts)
     assert not torch.equal(before["heads.answer_head.matrices"], after["heads.answer_head.matrices"])
@@ -121,21 +130,15 @@ def test_packing_does_not_change_an_example(tmp_path: Path) -> None:
     torch.testing.assert_close(first[0], second[1], atol=2e-6, rtol=0)
 
 
-class _Fixed:
+class _Fixed(Sampler):
     """A sampler of given indices."""
 
-    seed = 0
-
     def __init__(self, indices: list[int]) -> None:
-        self._indices = indices
+        super().__init__(len(indices), len(indices), seed=0, number=0)
+        self._indices = np.array(indices)
 
-    def epoch(self, step: int) -> int:
-        return 0
-
-    def indices(self, step: int):  # type: ignore[no-untyped-def]
-        import numpy as np
-
-        return np.array(self._indices)
+    def indices(self, step: int) -> NDArray[np.int64]:
+        return self._indices
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
@@ -150,7 +153,13 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert result.skipped == 1
     assert same(before, weights(parts))
     good = train_step(
-        parts.model, parts.optimizer, task.train(0), task.row.head, loss_scale=1.0, lr_multiplier=1.0, random=Randomness()
+        parts.model,
+        parts.optimizer,
+        task.train(0),
+        task.row.head,
+        loss_scale=1.0,
+        lr_multiplier=1.0,
+        random=Randomness(),
     )
     assert good.skipped == 0 and not same(before, weights(parts))
 

@@ -83,17 +83,18 @@ def test_missing_unexpected_and_misshapen_keys_are_named() -> None:
 def test_new_parts_must_be_named_and_are_reported() -> None:
     model, state = loaded(PUBLISHED_HEADS)
     cut = {key: value for key, value in state.items() if not key.startswith("vil_logit.")}
-    before = model.heads["vil_logit"].matrices.detach().clone()
+    before = dict(model.named_parameters())["heads.vil_logit.matrices"].detach().clone()
     with pytest.raises(BadInput, match="fresh_weights"):
         load_published(model, cut, "file")
     assert load_published(model, cut, "file", fresh=["vil_logit", "vil_tri_prediction"]) == ["vil_logit"]
-    assert torch.equal(model.heads["vil_logit"].matrices, before)
+    assert torch.equal(dict(model.named_parameters())["heads.vil_logit.matrices"], before)
 
 
 def test_old_names_and_prefixes_are_understood() -> None:
     model, state = loaded(PUBLISHED_HEADS)
     old = {
-        "module." + key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        "module."
+        + key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
         for key, value in state.items()
     }
     load_published(model, old, "file")
@@ -103,7 +104,9 @@ def test_old_names_and_prefixes_are_understood() -> None:
 def test_untied_decoder_is_refused() -> None:
     model, state = loaded(PUBLISHED_HEADS)
     with pytest.raises(BadInput, match="tied"):
-        load_published(model, {**state, "cls.predictions.decoder.weight": state["cls.predictions.decoder.weight"] + 1}, "file")
+        load_published(
+            model, {**state, "cls.predictions.decoder.weight": state["cls.predictions.decoder.weight"] + 1}, "file"
+        )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "pytorch_model_2019_names.bin"])
@@ -115,9 +118,15 @@ def test_bert_fills_the_text_stream(name: str) -> None:
     assert load_bert(model, folder / name) == 4 + 16 * 4 + 1 + 5
     expected = read_state(folder / "model.safetensors")
     after = dict(model.published())
-    for key in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.3.output.LayerNorm.weight", "cls.predictions.bias"):
+    for key in (
+        "bert.embeddings.word_embeddings.weight",
+        "bert.encoder.layer.3.output.LayerNorm.weight",
+        "cls.predictions.bias",
+    ):
         assert torch.equal(after[key], expected[key])
-    assert torch.equal(after["bert.embeddings.task_embeddings.weight"], before["bert.embeddings.task_embeddings.weight"])
+    assert torch.equal(
+        after["bert.embeddings.task_embeddings.weight"], before["bert.embeddings.task_embeddings.weight"]
+    )
     assert torch.equal(after["bert.t_pooler.dense.weight"], before["bert.t_pooler.dense.weight"])
 
 

@@ -54,16 +54,22 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_plain_torch() -> None:
 def test_padded_oracle_agrees_with_golden_numbers() -> None:
     golden = reference("golden")
     meta = json.loads((golden / "meta.json").read_text())
-    plain = PaddedModel(load_file(golden / "weights.safetensors"), ModelConfig.from_published(meta["config"]), torch.float32)
+    plain = PaddedModel(
+        load_file(golden / "weights.safetensors"), ModelConfig.from_published(meta["config"]), torch.float32
+    )
     for task in load_tasks(golden, meta):
         if task.head != "vision_logit":
             logits = plain.logits(task.head, task.tensors, task.number)
-            torch.testing.assert_close(logits.reshape(task.tensors["logits"].shape), task.tensors["logits"], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                logits.reshape(task.tensors["logits"].shape), task.tensors["logits"], atol=2e-5, rtol=1e-4
+            )
 
 
 def test_a_changed_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "golden"
-    shutil.copytree(reference("golden"), folder, ignore=shutil.ignore_patterns("trajectory*", "controller*", "bert*", "*.bin"))
+    shutil.copytree(
+        reference("golden"), folder, ignore=shutil.ignore_patterns("trajectory*", "controller*", "bert*", "*.bin")
+    )
     state = load_file(folder / "weights.safetensors")
     state["bert.encoder.c_layer.1.v_output.dense.bias"][0] += 1e-2
     save_file(state, folder / "weights.safetensors")
@@ -73,7 +79,9 @@ def test_a_changed_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "golden"
-    shutil.copytree(reference("golden"), folder, ignore=shutil.ignore_patterns("trajectory*", "controller*", "bert*", "*.bin"))
+    shutil.copytree(
+        reference("golden"), folder, ignore=shutil.ignore_patterns("trajectory*", "controller*", "bert*", "*.bin")
+    )
     state = load_file(folder / "weights.safetensors")
     del state["bert.encoder.layer.2.intermediate.dense.bias"]
     save_file(state, folder / "weights.safetensors")

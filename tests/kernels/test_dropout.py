@@ -1,0 +1,131 @@
+"""Counter-based dropout: known answers, one rule on every backend, and the statistics that dropout needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import native_library
+from kernels.dropout import ATTENTION_TILE, Dropout, drop, keep_mask, keep_mask_torch, philox, row_tile
+from tests.kernels.oracle import normal, rows_of
+from tests.kernels.philox import keep_row, words
+
+KNOWN_ANSWERS = [  # Random123's philox4x32-10: counter, key, words
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+WIDTHS = [(8, 8), (7, 8), (1, 8), (9, 16), (63, 64), (65, 64), (101, 64), (200, 64), (768, 768), (3129, 3136)]
+"""(width, tile)"""
+word = st.integers(0, 2**32 - 1)
+
+
+def keys(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2**32, (rows,), generator=generator) for _ in range(2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, int, int, int], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    assert words(counter, key) == expected
+    found = philox(key, tuple(torch.tensor([part]) for part in counter))  # type: ignore[arg-type]
+    assert tuple(int(part) for part in found) == expected
+
+
+@given(st.tuples(word, word, word, word), st.tuples(word, word))
+def test_philox_in_64_bit_integers_never_overflows(counter: tuple[int, int, int, int], key: tuple[int, int]) -> None:
+    found = philox(key, tuple(torch.tensor([part]) for part in counter))  # type: ignore[arg-type]
+    assert tuple(int(part) for part in found) == words(counter, key)
+
+
+@pytest.mark.parametrize(("width", "tile"), WIDTHS)
+def test_the_mask_follows_the_rule(width: int, tile: int) -> None:
+    dropout = Dropout(0.1, seed=0xFEDCBA98, step=0xFFFFFFFF, site=77)
+    row_key, row_index = keys(5)
+    found = keep_mask_torch(dropout, row_key, row_index, width, tile).numpy()
+    for row, (key, index) in enumerate(zip(row_key.tolist(), row_index.tolist(), strict=True)):
+        expected = keep_row(0xFEDCBA98, 0xFFFFFFFF, 77, 0.1, key, index, width, tile)
+        np.testing.assert_array_equal(found[row], expected)
+
+
+@pytest.mark.parametrize(("width", "tile"), WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_native_and_torch_masks_are_the_same_bits(rows: int, width: int, tile: int) -> None:
+    if not native_library.available():
+        pytest.skip("no native library here (no C++ compiler)")
+    row_key, row_index = keys(rows, seed=width)
+    for p, seed, step, site in ((0.1, 0, 0, 0), (0.5, 2**32 - 1, 2**31, 5), (0.0, 1, 2, 3), (0.999, 3, 2, 1)):
+        dropout = Dropout(p, seed, step, site)
+        native = native_library.keep_mask(dropout, row_key, row_index, width, tile)
+        assert torch.equal(native, keep_mask_torch(dropout, row_key, row_index, width, tile))
+
+
+def test_native_masks_take_strided_keys() -> None:
+    if not native_library.available():
+        pytest.skip("no native library here (no C++ compiler)")
+    row_key, row_index = keys(24)
+    dropout = Dropout(0.1, 1, 2, 3)
+    strided = (dropout, row_key[::2], row_index[1::2], 33, 40)
+    assert torch.equal(native_library.keep_mask(*strided), keep_mask_torch(*strided))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("tile", [None, ATTENTION_TILE])
+def test_the_keep_rate_is_right_in_every_row_and_column(p: float, tile: int | None) -> None:
+    rows, width = 4096, 512
+    row_index = torch.arange(rows)
+    keep = keep_mask(Dropout(p, 11, 22, 33), torch.full((rows,), 44), row_index, width, tile).double()
+    expected = 1 - round(p * 65536) / 65536
+    spread = (expected * (1 - expected)) ** 0.5
+    assert abs(keep.mean() - expected) < 5 * spread / keep.numel() ** 0.5
+    assert (keep.mean(0) - expected).abs().max() < 6 * spread / rows**0.5
+    assert (keep.mean(1) - expected).abs().max() < 6 * spread / width**0.5
+
+
+def test_neighbouring_coordinates_are_independent() -> None:
+    """Masks of the next seed, step, site, item and row agree with a mask as often as chance does."""
+    rows, width = 256, 1024
+    index, item = torch.arange(rows), torch.full((rows,), 5)
+    base = keep_mask(Dropout(0.5, 1, 2, 3), item, index, width)
+    others = [
+        keep_mask(Dropout(0.5, 2, 2, 3), item, index, width),
+        keep_mask(Dropout(0.5, 1, 3, 3), item, index, width),
+        keep_mask(Dropout(0.5, 1, 2, 4), item, index, width),
+        keep_mask(Dropout(0.5, 1, 2, 3), item + 1, index, width),
+        keep_mask(Dropout(0.5, 1, 2, 3), item, index + rows, width),
+        base.flip(1),
+    ]
+    for other in others:
+        assert abs((base == other).double().mean() - 0.5) < 5 * 0.5 / (rows * width) ** 0.5
+
+
+def test_an_item_has_the_same_mask_wherever_it_is_packed() -> None:
+    dropout = Dropout(0.3, 1, 2, 3)
+    together = rows_of([5, 17, 3])
+    masks = keep_mask(dropout, together.row_key, together.row_index, 40).split([5, 17, 3])
+    for item, length in enumerate((5, 17, 3)):
+        alone = keep_mask(dropout, together.item_key[item].expand(length), torch.arange(length), 40)
+        assert torch.equal(masks[item], alone)
+
+
+def test_drop_scales_what_it_keeps_by_the_rate_as_drawn() -> None:
+    rows, dropout = rows_of([4, 9]), Dropout(0.1, 1, 2, 3)
+    x = normal(13, 24)
+    keep = keep_mask(dropout, rows.row_key, rows.row_index, 24, row_tile(24)).bool()
+    dropped = drop(x, dropout, rows.row_key, rows.row_index)
+    assert torch.equal(dropped[~keep], torch.zeros(int((~keep).sum()), dtype=torch.float64))
+    torch.testing.assert_close(dropped[keep], x[keep] * 65536 / (65536 - 6554), rtol=1e-6, atol=0)
+    assert drop(x, None, rows.row_key, rows.row_index) is x
