@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine import checkpoint
 from engine.config import RunConfig, load_tasks
 from engine.model.heads import HeadSpec
 from engine.model.published import load_bert, load_published, read_state
@@ -72,7 +73,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     """Build a run's parts. Raises BadInput naming the file, key or record that cannot be used."""
     table, rows = load_tasks(config)
     device = _device(config)
-    sheet = load_sheet(_sheet_path(config, say))
+    sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
     if len(tokenizer) > config.model.vocab_size:
         raise BadInput(
@@ -117,6 +118,10 @@ def _read(
 ) -> tuple[TrainingSource, TaskData]:
     spec = data_spec(row, table.head(row))
     train, val = (load_task(spec, sheet, split, tokenizer, answers=answers.get(row.head)) for split in ("train", "val"))
+    for data in (train, val):
+        if data.target is None and row.loss != "options":
+            raise BadInput(f"{sheet.path}: sets.{row.name}.{data.split}", "its annotations hold no answers",
+                           "train and validate on splits that publish theirs")  # fmt: skip
     width = train.store.feature_dim
     if width != config.model.v_feature_size:
         raise BadInput(
@@ -158,7 +163,9 @@ def _model(
         say(f"text stream from {config.initial_text}: {count} tensors")
     if config.initial_weights is not None:
         path = Path(config.initial_weights)
-        fresh = load_published(model, read_state(path), path, config.fresh_weights)
+        ours = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+        state = checkpoint.weights(path) if ours else read_state(path)
+        fresh = load_published(model, state, path, config.fresh_weights)
         say(f"weights from {path}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     return model
 

@@ -32,7 +32,8 @@ def save(folder: Path, model: ViLBERT, optimizer: Optimizer, cursor: Cursor, kee
     folder.mkdir(parents=True, exist_ok=True)
     target = _free_name(folder, cursor.iteration)
     temporary = folder / f"{_TEMPORARY}{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(f"{_TEMPORARY}*"):  # by a killed process
+        shutil.rmtree(left)
     temporary.mkdir()
     try:
         save_file(export_published(model), temporary / "weights.safetensors", metadata={"format": "pt"})
@@ -76,7 +77,7 @@ def verify(path: Path) -> None:
     """Check every file's size and SHA-256 against the manifest. Raises BadInput naming the file."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        version, files = manifest["format"], manifest["files"]
+        version, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(path / "manifest.json", f"not readable: {error}", "the checkpoint is incomplete") from None
     if version != FORMAT:
@@ -123,7 +124,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def weights_only(path: Path) -> dict[str, torch.Tensor]:
-    """The published-layout weights of a checkpoint folder, verified."""
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Verified weights in the published layout: of a checkpoint folder, or of a run folder's newest checkpoint."""
+    if (path / "checkpoints").is_dir():
+        path, _ = newest_valid(path / "checkpoints")
     verify(path)
     return load_file(path / "weights.safetensors")

@@ -53,7 +53,7 @@ class ResultRow:
     majority: float | None = None
     """Score of always giving the commonest answer."""
     blind: float | None = None
-    """Score of the same model trained without image features."""
+    """Score without image features."""
 
 
 class Console:

@@ -57,7 +57,7 @@ class Cursor:
         """Whether a journal row was written before this cursor: a resume cuts the others and writes them again."""
         if row["iteration"] < self.iteration:
             return True
-        if row["iteration"] > self.iteration:
+        if row["iteration"] > self.iteration or row.get("event") in ("result", "end"):
             return False
         if not self.partial:
             return True
@@ -76,5 +76,8 @@ class Cursor:
             raise ValueError(f"not a cursor of format {FORMAT}")
         if data.keys() != {f.name for f in fields(cls)}:
             raise ValueError(f"not a cursor of format {FORMAT}: keys {sorted(data)}")
-        data["windows"] = {task: Window(**window) for task, window in data["windows"].items()}
+        try:
+            data["windows"] = {task: Window(**window) for task, window in data["windows"].items()}
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"not a cursor of format {FORMAT}: windows: {error}") from None
         return cls(**data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from engine.rotation import due_for_validation, next_phase, phases, plan
 from engine.schedule import longest_task_iterations, multiplier, warmup_iterations
 from engine.step import StepResult, train_step
 from engine.stopgo import Decision, new_controller, restore
+from engine.tasks import MAX_TASK_NUMBER
 from engine.validation import Interrupted, validate
 from pipelines.loader import Loader
 
@@ -49,8 +50,14 @@ class Listener:
     def validated(self, iteration: int, task: str, score: float, best: float, decision: Decision, turned: bool) -> None:
         """A validation and the decision after it."""
 
+    def phase_ended(self, iteration: int, tasks: Sequence[str]) -> None:
+        """A phase of the curriculum was over with this iteration; `tasks` are those of the next."""
+
     def iteration_done(self, cursor: Cursor) -> None:
         """After each complete iteration."""
+
+    def saving(self) -> None:
+        """A checkpoint is about to be written."""
 
     def saved(self, path: Path, iteration: int) -> None:
         """A checkpoint is in place."""
@@ -170,7 +177,7 @@ class Loop:
 
     def _random_step(self, task: Task) -> int:
         """The step coordinate of dropout: unique per iteration and task, whatever ran before."""
-        return (self.cursor.iteration * 64 + task.row.number) & 0xFFFFFFFF
+        return (self.cursor.iteration * MAX_TASK_NUMBER + task.row.number) & 0xFFFFFFFF
 
     def _multiplier(self) -> float:
         decay = self.config.decay
@@ -196,7 +203,10 @@ class Loop:
         c, config = self.cursor, self.config
         if config.curriculum.kind != "none":
             decisions = {name: self.decision(name) for name in self.parts.tasks}
+            before = c.phase
             c.phase = next_phase(c.phase, c.iteration, self.phases, decisions, config.curriculum.iterations)
+            if c.phase != before:
+                self.listener.phase_ended(c.iteration, self.phases[c.phase])
         if c.iteration % config.logging.every == 0 or c.iteration == config.max_iterations:
             self._write_windows()
         self.listener.iteration_done(c)
@@ -242,6 +252,7 @@ class Loop:
     def _save(self) -> None:
         self._read_results()
         self.cursor.controllers = {name: controller.state_dict() for name, controller in self.controllers.items()}
+        self.listener.saving()
         path = checkpoint.save(
             self.folder, self.parts.model, self.parts.optimizer, self.cursor, self.config.checkpoint.keep
         )

@@ -153,10 +153,3 @@ class _Unit:
     def load(self, state: Mapping[str, Tensor]) -> None:
         for key, tensor in self.state().items():
             tensor.copy_(state[key])
-
-    @torch.no_grad()
-    def refresh_masters(self) -> None:
-        """Take the parameters' values as masters (after weights were loaded)."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.copy_(parameter)

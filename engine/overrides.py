@@ -36,18 +36,18 @@ class Sources:
         for part in at:
             target = target.setdefault(str(part), {})
         for key, value in values.items():
-            path = (*at, key)
+            path, giver = (*at, key), source
             if path == ("model",) and isinstance(value, str):
-                source, value = model_preset(value, source)
+                giver, value = model_preset(value, source)
                 self._forget(path, target)
             if isinstance(value, dict) and isinstance(target.get(key, {}), dict):
                 target.setdefault(key, {})
-                self.given_by.setdefault(path, source)
-                self.merge(value, source, path)
+                self.given_by.setdefault(path, giver)
+                self.merge(value, giver, path)
             else:
                 self._forget(path, target)
                 target[key] = value
-                self.given_by[path] = source
+                self.given_by[path] = giver
 
     def _forget(self, path: KeyPath, target: dict[str, Any]) -> None:
         target.pop(str(path[-1]), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,10 @@ class Reporter(Listener):
 
     def window(self, iteration: int, task: str, window: Window, clock: Clock, lr: float, decision: Decision) -> None:
         """See `Listener`."""
-        done = max(window.steps - window.skipped, 1)
+        done = window.steps - window.skipped
         view = TaskView(
             state=decision,
-            loss=window.loss / done,
+            loss=window.loss / done if done else None,
             score=self.cursor.scores.get(task),
             best=self.cursor.best.get(task),
             iterations_per_s=window.steps / clock.step if clock.step else None,
@@ -41,9 +42,9 @@ class Reporter(Listener):
             task=task,
             state=str(decision),
             loss=view.loss,
-            score=window.score / done,
+            score=window.score / done if done else None,
             lr=lr,
-            grad_norm=window.grad_norm / done,
+            grad_norm=window.grad_norm / done if done else None,
             steps=self.cursor.consumed[task],
             skipped=window.skipped,
             examples_per_s=view.examples_per_s,
@@ -60,11 +61,20 @@ class Reporter(Listener):
             self.journal.event("decision", iteration, task=task, state=str(decision))
             self.console.message(f"iteration {iteration}: {task} {'wakes up' if decision is Decision.GO else 'stops'}")
 
+    def phase_ended(self, iteration: int, tasks: Sequence[str]) -> None:
+        """See `Listener`."""
+        self.journal.event("phase", iteration, tasks=list(tasks))
+        self.console.message(f"iteration {iteration}: next phase of the curriculum, {len(tasks)} tasks")
+
     def iteration_done(self, cursor: Cursor) -> None:
         """See `Listener`."""
         every = self.parts.config.logging.every
         if cursor.iteration % every == 0 or cursor.iteration == self.parts.config.max_iterations:
             self.console.update(cursor.iteration, self.views)
+
+    def saving(self) -> None:
+        """See `Listener`. A resume counts on the rows up to its checkpoint."""
+        self.journal.sync()
 
     def saved(self, path: Path, iteration: int) -> None:
         """See `Listener`."""
@@ -75,8 +85,9 @@ class Reporter(Listener):
         rows = []
         for name, task in self.parts.tasks.items():
             most = majority(task.train.data, task.val, self.parts.validation(task))
-            blind = self._blind(name)
-            score, best = cursor.scores[name], cursor.best[name]
+            blind = self._score(name, blind=True)
+            score = cursor.scores[name] if name in cursor.scores else self._score(name)  # its turn never came
+            best = cursor.best.get(name, score)
             self.journal.event(
                 "result", cursor.iteration, task=name, score=score, best=best, majority=most, blind=blind
             )
@@ -86,8 +97,8 @@ class Reporter(Listener):
         for figure in (figures.dsg_timeline(folder), figures.curves(folder), figures.scores(folder)):
             self.console.message(f"figure {figure}")
 
-    def _blind(self, name: str) -> float:
-        """The trained model's score with every feature and location zeroed."""
+    def _score(self, name: str, blind: bool | None = None) -> float:
+        """The trained model's score; `blind`: with its eyes closed, every region feature zeroed."""
         task = self.parts.tasks[name]
-        batches = self.parts.validation(task, blind=True)
+        batches = self.parts.validation(task, blind)
         return validate(self.parts.model, batches, task.row.head, self.parts.device, self.parts.config.share_prefixes)

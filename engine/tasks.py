@@ -17,6 +17,9 @@ from pipelines.errors import BadInput
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TASKS_FILE = CONFIGS / "tasks.yaml"
 
+MAX_TASK_NUMBER = 64
+"""Task numbers stay below it, so that (iteration, number) makes one coordinate of random draws."""
+
 HeadKind = Literal["answers", "match", "regions", "paired_classes", "classes"]
 LossKind = Literal["soft_labels", "options", "regions", "choices", "classes"]
 MetricKind = Literal["soft_accuracy", "option_accuracy", "region_accuracy", "choice_accuracy", "class_accuracy"]
@@ -67,7 +70,7 @@ class TaskRow(_Row):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="how runs, checkpoints and reports call it")
     title: str = Field(description="how people call it")
-    number: int = Field(ge=0, description="row of the task-token table")
+    number: int = Field(ge=0, lt=MAX_TASK_NUMBER, description="row of the task-token table; part of every random draw")
     group: str = Field(pattern=r"^\S+$", description="the paper's group: G1 ... G4")
     head: str = Field(description="name of its head")
     reader: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function that yields examples")

@@ -1,6 +1,7 @@
 """`python -m engine.train --config RUN.yaml [key=value …]`: train one model on many data sets.
 
-Exit codes: 0 done; 2 bad input or configuration; 75 stopped by a signal, saved, to be resumed; 1 anything else.
+Exit codes: 0 done; 2 bad input or configuration; 75 stopped by a signal, saved, to be resumed;
+130 interrupted before there was anything to save; 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from engine import checkpoint
 from engine.assembly import Parts, assemble
@@ -22,7 +24,7 @@ from engine.loop import Loop, TooManySkipped
 from engine.reporting import Reporter
 from pipelines.errors import BadInput
 
-EXIT_BAD_INPUT, EXIT_SAVED = 2, 75
+EXIT_BAD_INPUT, EXIT_SAVED, EXIT_INTERRUPTED = 2, 75, 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,13 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     except TooManySkipped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was under way that could be saved", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine.train",
         description="Train one vision-and-language model on many data sets by round-robin batches with dynamic stop-and-go.",
-        epilog="Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved (resume it), 1 anything else.",
+        epilog="Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved (resume it), "
+        "130 interrupted before there was anything to save, 1 anything else.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="run configuration, e.g. configs/runs/world.yaml")
@@ -103,13 +109,13 @@ def _resume(folder: Path, overrides: list[str]) -> int:
 
 
 def _train(parts: Parts, folder: Path, journal: Journal, console: Console, cursor: Cursor) -> int:
-    stop = _StopSignals()
     reporter = Reporter(parts, journal, console, cursor)
-    loop = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked)
     rows = [task.row for task in parts.tasks.values()]
     console.start(parts.config.max_iterations, rows, cursor.iteration)
     try:
-        if loop.run():
+        with _StopSignals() as stop:
+            done = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked).run()
+        if done:
             reporter.finish(folder, cursor)
             return 0
     except BaseException:
@@ -128,8 +134,14 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self.name = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def asked(self) -> bool:
         return bool(self.name)

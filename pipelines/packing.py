@@ -38,7 +38,7 @@ def pack(
     `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
     `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
     image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
-    zeroes features and locations: what a model can do without seeing. Raises BadInput for a damaged record.
+    zeroes the features and leaves the boxes: what can be said without looking. Raises BadInput for a damaged record.
     """
     texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
     unique_texts, pair_text = _unique(texts, share)
@@ -130,7 +130,6 @@ def _pack_images(data: TaskData, images: Indices, dtype: torch.dtype, blind: boo
     places = locations(pixels, size[:, 0], size[:, 1])
     if blind:
         features.zero_()
-        places[:] = 0
     return _Regions(features, pixels, places, cu_images, 1 + detected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,19 @@ def load_published(
 
     `fresh`: prefixes (a head's name, `bert.embeddings.task_embeddings`, `cls`) that may be absent and then keep the
     weights they have; they are returned if absent. Raises BadInput that lists missing, unexpected or misshapen keys.
+    What a run exported without having trained it (all zeros) counts as absent.
     """
     state = {_modern_name(key): value for key, value in state.items()}
     trained = dict(model.published())
     known = published_shapes(model.config, _specs(model))
+    untrained = _never_trained(model, state)
+    state = {key: value for key, value in state.items() if key not in untrained}
     missing = sorted(key for key in known if key not in state)
     absent = sorted({prefix for prefix in fresh for key in missing if _under(key, prefix)})
     missing = [key for key in missing if not any(_under(key, prefix) for prefix in fresh)]
     unexpected = sorted(key for key in state if key not in known)
     if missing or unexpected:
-        raise BadInput(where, _listing(missing, unexpected), _mend(missing))
+        raise BadInput(where, _listing(missing, unexpected, bool(untrained)), _mend(missing))
     for key, target in trained.items():
         if key in state and state[key].shape != target.shape:
             raise BadInput(f"{where}: {key}", f"shape {list(state[key].shape)}, the model has {list(target.shape)}",
@@ -140,7 +143,7 @@ def load_bert(model: ViLBERT, folder_or_file: Path) -> int:
     }
     missing = sorted(key for key in wanted if key not in state and not key.startswith("cls."))
     if missing:
-        raise BadInput(path, _listing(missing, []), "is this a BERT of the text stream's size?")
+        raise BadInput(path, _listing(missing), "is this a BERT of the text stream's size?")
     for key, target in wanted.items():
         if key not in state:
             continue
@@ -167,13 +170,25 @@ def _under(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(f"{prefix}.")
 
 
-def _listing(missing: list[str], unexpected: list[str]) -> str:
-    def some(keys: list[str]) -> str:
+def _never_trained(model: ViLBERT, state: Mapping[str, Tensor]) -> set[str]:
+    """Keys of the blocks whose matrices are all zeros in `state`: exported for the layout's sake, fit to train nothing."""
+    keys: set[str] = set()
+    for block in model.blocks():
+        matrices = [
+            state[f"{block.prefix}{part.name}"] for part in block.matrix_parts if f"{block.prefix}{part.name}" in state
+        ]
+        if matrices and not any(bool(matrix.any()) for matrix in matrices):
+            keys.update(key for key, _ in block.published())
+    return keys
+
+
+def _listing(missing: list[str], unexpected: Sequence[str] = (), untrained: bool = False) -> str:
+    def some(keys: Sequence[str]) -> str:
         return ", ".join(keys[:_LISTED]) + (f", … ({len(keys) - _LISTED} more)" if len(keys) > _LISTED else "")
 
     parts = []
     if missing:
-        parts.append(f"{len(missing)} missing keys: {some(missing)}")
+        parts.append(f"{len(missing)} {'missing or never trained' if untrained else 'missing'} keys: {some(missing)}")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected keys: {some(unexpected)}")
     return "; ".join(parts)

@@ -70,7 +70,7 @@ def test_extends_merges_sections_and_overrides_come_last(tmp_path: Path) -> None
     assert (config.name, config.seed) == ("child", 7)
     assert (config.stopgo.gap, config.stopgo.controller, config.stopgo.patience) == (16, "paper", 3)
     rows = load_tasks(config)[1]
-    assert [(row.name, row.batch) for row in rows] == [("gqa", 4), ("vqa", 128)]
+    assert [(row.name, row.batch) for row in rows] == [("gqa", 4), ("vqa", 32)]
 
 
 def test_a_model_is_a_preset_a_file_or_keys(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def oracle(logits: Tensor, examples: list[list[tuple[int, float]]], scores: Tens
             target[row, label] = next(drawn)
     right = torch.special.expit(logits)
     loss = -(target * right.log() + (1 - target) * torch.special.expit(-logits).log()).mean() * logits.shape[1]
-    best = [max(range(logits.shape[1]), key=lambda c: (float(row[c]), -c)) for row in logits]
+    best = [max(range(len(row)), key=lambda c: (row[c], -c)) for row in logits.tolist()]
     return loss, torch.stack([target[row, c] for row, c in enumerate(best)])
 
 
@@ -59,7 +59,7 @@ def test_huge_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4], [1e4, -1e4]], requires_grad=True)
     loss, score = soft_label_bce(logits, **target)
     loss.backward()
-    assert float(loss) == 1e4  # the second example pays 1e4 for its missed label and 1e4 for the wrong one, over 2
+    assert loss.item() == 1e4  # the second example pays 1e4 for its missed label and 1e4 for the wrong one, over 2
     assert score.tolist() == [1.0, 0.0]
     assert logits.grad is not None and logits.grad.isfinite().all()
 

@@ -86,7 +86,7 @@ def test_annotated_boxes_are_described_as_detected_ones(seen: list[tuple[Scene, 
         overlaps = iou(drawn, regions.boxes)
         for row, best in enumerate(overlaps.argmax(1)):
             one, other = given.features[row], regions.features[best]
-            assert np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.9
+            assert np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.8
 
 
 def test_array_and_image_give_the_same(seen: list[tuple[Scene, Image.Image, Regions]]) -> None:
