@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.config import RunConfig, load_tasks
@@ -86,7 +87,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         say(f"reading {row.title}")
         train, val = _read(row, table, sheet, tokenizer, answers, config, tokens[row.name])
         tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
-    model = _model(config, table, rows, answers, say).to(device, _DTYPES[config.precision])
+    model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, _optimizer(config, rows, model), device)
 
 
@@ -171,11 +172,18 @@ def _model(
 
 
 def _optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
+    """Brings the float32 model to the run's precision; masters keep what rounding takes from the parameters."""
+    exact: dict[nn.Parameter, Tensor] = {}
+    if config.precision != "float32":
+        exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+        model.to(_DTYPES[config.precision])
     o = config.optimizer
     settings = OptimizerSettings(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, update=o.update)
     base = o.base_lr or base_lr(rows)
     head_lr = {name: o.head_lr or base for name in model.heads if name.startswith("vil_")}
-    return Optimizer(model, settings, base, head_lr)
+    optimizer = Optimizer(model, settings, base, head_lr)
+    optimizer.take_masters(exact)
+    return optimizer
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -166,7 +166,8 @@ class RunConfig(_Section):
     task_tokens: TaskTokens = Field("dataset", description="one task token per data set, per head, or none (Table 6)")
     initial_weights: str | None = Field(None, description="checkpoint to start from: ours or the published layout")
     fresh_weights: tuple[str, ...] = Field(
-        (), description="prefixes that initial_weights may lack and that start anew, e.g. a new head's name"
+        (),
+        description="prefixes that initial_weights lack, or have in another shape, and that start anew: a head's name",
     )
     initial_text: str | None = Field(None, description="BERT folder to start the text stream from")
     share_prefixes: bool = Field(True, description="encode each text and image of a batch once before pairing")

@@ -72,6 +72,11 @@ class Optimizer:
             unit.step(lr_multiplier, skipped)
         return grad_norm, skipped
 
+    def take_masters(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        """Start the float32 masters from what each parameter was before it was rounded to bfloat16."""
+        for unit in self.units.values():
+            unit.take_masters(exact)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and masters by unit and parameter name; plain tensors, for safetensors."""
         state = {f"{name}/{key}": value for name, unit in self.units.items() for key, value in unit.state().items()}
@@ -148,6 +153,12 @@ class _Unit:
             if master is not parameter:
                 tensors[f"{name}/master"] = master.detach()
         return tensors
+
+    @torch.no_grad()
+    def take_masters(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.copy_(exact[parameter])
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

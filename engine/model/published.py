@@ -54,15 +54,21 @@ def load_published(
 ) -> list[str]:
     """Copy a published state dict into the model; what the model does not train is carried for export.
 
-    `fresh`: prefixes (a head's name, `bert.embeddings.task_embeddings`, `cls`) that may be absent and then keep the
-    weights they have; they are returned if absent. Raises BadInput that lists missing, unexpected or misshapen keys.
-    What a run exported without having trained it (all zeros) counts as absent.
+    `fresh`: prefixes (a head's name, `bert.embeddings.task_embeddings`, `cls`) that may be absent, or of another shape,
+    and then keep the weights they have; those are returned. Raises BadInput that lists missing, unexpected or misshapen
+    keys. What a run exported without having trained it (all zeros) counts as absent.
     """
     state = {_modern_name(key): value for key, value in state.items()}
     trained = dict(model.published())
     known = published_shapes(model.config, _specs(model))
     untrained = _never_trained(model, state)
-    state = {key: value for key, value in state.items() if key not in untrained}
+    misfits = [key for key, target in trained.items() if key in state and state[key].shape != target.shape]
+    replaced = [prefix for prefix in fresh if any(_under(key, prefix) for key in misfits)]
+    state = {
+        key: value
+        for key, value in state.items()
+        if key not in untrained and not any(_under(key, prefix) for prefix in replaced)
+    }
     missing = sorted(key for key in known if key not in state)
     absent = sorted({prefix for prefix in fresh for key in missing if _under(key, prefix)})
     missing = [key for key in missing if not any(_under(key, prefix) for prefix in fresh)]
@@ -72,7 +78,7 @@ def load_published(
     for key, target in trained.items():
         if key in state and state[key].shape != target.shape:
             raise BadInput(f"{where}: {key}", f"shape {list(state[key].shape)}, the model has {list(target.shape)}",
-                           "use the configuration and the answer vocabulary of the checkpoint")  # fmt: skip
+                           "use the checkpoint's configuration and answer vocabulary, or name its prefix under fresh_weights")  # fmt: skip
     if _TIED in state and _WORDS in state and not torch.equal(state[_TIED], state[_WORDS]):
         raise BadInput(f"{where}: {_TIED}", f"differs from {_WORDS}, to which it is tied", "the file is damaged")
     for key, target in trained.items():

@@ -242,6 +242,18 @@ def test_bad_initial_weights(case: str, folder: Path, capsys: pytest.CaptureFixt
     assert str(folder / name) in message and what in message
 
 
+def test_a_head_of_another_size_can_start_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shorten_answers(folder)
+    arguments = [
+        "--config",
+        str(folder / "run.yaml"),
+        f"initial_weights={folder / 'checkpoint'}",
+        "logging.console=plain",
+    ]
+    assert main([*arguments, "fresh_weights=[vil_prediction]"]) == 0
+    assert "; new: vil_prediction\n" in capsys.readouterr().out
+
+
 CONFIGURATIONS = {
     "a typo in an override": (["stopgo.gpa=3"], "stopgo.gpa", "gap"),
     "a typo on top": (["max_iteration=3"], "max_iteration", "max_iterations"),

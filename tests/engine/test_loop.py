@@ -60,6 +60,14 @@ def test_step_changes_the_trunk_and_the_head_that_ran_only(tmp_path: Path, preci
         assert not [key for key in moved for head in others if head in key], name
 
 
+def test_masters_start_from_what_bfloat16_rounded(tmp_path: Path) -> None:
+    exact, rounded = (assemble(configure(tmp_path, f"precision={name}")) for name in ("float32", "bfloat16"))
+    state = rounded.optimizer.state_dict()
+    for unit, module in (("trunk", exact.model.trunk), ("pair_head", exact.model.heads["pair_head"])):
+        for name, parameter in module.named_parameters():
+            assert torch.equal(state[f"{unit}/{name}/master"], parameter)
+
+
 def test_zero_filled_update_moves_heads_that_have_run(tmp_path: Path) -> None:
     parts = assemble(configure(tmp_path, "optimizer.update=zero_filled"))
     for name in ("answers", "captions"):
