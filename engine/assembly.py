@@ -26,6 +26,9 @@ from pipelines.sampler import Sampler
 from pipelines.sheet import Sheet, load_sheet
 from pipelines.wordpiece import WordPiece
 
+VERIFIED_AT_START = 2 * 2**30
+"""Bytes of a feature store up to which every record is tested before the first step."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,6 +90,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         say(f"reading {row.title}")
         train, val = _read(row, table, sheet, tokenizer, answers, config, tokens[row.name])
         tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
+    _verify_stores(tasks, say)
     model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, _optimizer(config, rows, model), device)
 
@@ -132,6 +136,16 @@ def _read(
     return TrainingSource(
         train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind
     ), val  # fmt: skip
+
+
+def _verify_stores(tasks: dict[str, Task], say: Callable[[str], None]) -> None:
+    """Damage is found now where that costs seconds; larger stores are tested record by record as they are read."""
+    used = [store for task in tasks.values() for data in (task.train.data, task.val) for store in data.stores]
+    for store in dict.fromkeys(used):
+        if store.file_bytes.nbytes <= VERIFIED_AT_START:
+            store.verify_records()
+        else:
+            say(f"{store.path}: {store.file_bytes.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)")
 
 
 def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:

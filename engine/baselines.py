@@ -8,32 +8,41 @@ import numpy as np
 import torch
 
 from engine.losses import ACCEPTED_IOU
-from pipelines.batch import Batch, ChoiceTarget, OptionTarget, RegionTarget
+from pipelines.batch import Batch, ChoiceTarget, ClassTarget, OptionTarget, RegionTarget, SoftLabelTarget
 from pipelines.datasets import TaskData
 from pipelines.targets import Classes, SoftLabels
 
 
-def majority(train: TaskData, val: TaskData, val_batches: Iterable[Batch]) -> float:
+def majority(train: TaskData, val_batches: Iterable[Batch]) -> float:
     """Mean validation score of the one answer (or class) that scores best on the training split.
 
     Retrieval, regions and choices have no constant answer; there it is the score of a uniformly random pick.
     """
-    if isinstance(train.target, SoftLabels) and isinstance(val.target, SoftLabels):
-        classes = int(max(train.target.labels.max(initial=0), val.target.labels.max(initial=0))) + 1
-        best = np.bincount(train.target.labels, train.target.scores, classes).argmax()
-        return float(val.target.scores[val.target.labels == best].sum() / len(val))
-    if isinstance(train.target, Classes) and isinstance(val.target, Classes):
-        known = train.target.index[train.target.index >= 0]
-        return float((val.target.index == np.bincount(known).argmax()).mean())
-    return _chance(val_batches)
-
-
-def _chance(batches: Iterable[Batch]) -> float:
-    expected = [_expected_score(batch) for batch in batches]
+    best = _best_answer(train)
+    expected = [_chance(batch) if best is None else _score_of(best, batch) for batch in val_batches]
     return float(torch.cat(expected).mean())
 
 
-def _expected_score(batch: Batch) -> torch.Tensor:
+def _best_answer(train: TaskData) -> int | None:
+    if isinstance(train.target, SoftLabels):
+        return int(np.bincount(train.target.labels, train.target.scores, minlength=1).argmax())
+    if isinstance(train.target, Classes):
+        return int(np.bincount(train.target.index[train.target.index >= 0], minlength=1).argmax())
+    return None
+
+
+def _score_of(answer: int, batch: Batch) -> torch.Tensor:
+    """float64 [B]: what this answer scores on each example."""
+    target = batch.target
+    if isinstance(target, ClassTarget):
+        return (target.index == answer).double()
+    assert isinstance(target, SoftLabelTarget)
+    example = torch.arange(batch.examples).repeat_interleave(target.offsets.diff())
+    scores = target.scores.double() * (target.labels == answer)
+    return torch.zeros(batch.examples, dtype=torch.float64).index_add_(0, example, scores)
+
+
+def _chance(batch: Batch) -> torch.Tensor:
     """float64 [B]: share of an example's options that are right."""
     target = batch.target
     if isinstance(target, OptionTarget):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engine.model.config import ModelConfig
 from engine.overrides import Sources, gather
@@ -185,6 +185,12 @@ class RunConfig(_Section):
     checkpoint: Checkpoint = Checkpoint()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of one process; none: torch's choice")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _one_task(cls, tasks: object) -> object:
+        """`tasks: vqa` means the list of that one task."""
+        return (tasks,) if isinstance(tasks, str) and tasks != "all" else tasks
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -180,6 +180,9 @@ def _cells(view: TaskView) -> list[Text]:
 
 def _result_table(results: Sequence[ResultRow]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="scores, %", title_justify="left", title_style="bold")
+    table.caption_justify = "left"
+    if any(row.blind is not None for row in results):
+        table.caption = "majority: the best constant answer, or a random pick; image-blind: these weights, eyes closed"
     table.add_column("task", no_wrap=True)
     table.add_column("", style="dim", no_wrap=True)
     table.add_column("score", justify="right", style="bold")

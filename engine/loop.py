@@ -100,10 +100,16 @@ class Loop:
             while c.iteration < self.config.max_iterations or c.partial:
                 if not c.partial:
                     self._begin_iteration()
-                if not self._finish_iteration():
+                try:
+                    finished = self._finish_iteration()
+                    if finished:
+                        self._end_iteration()
+                except TooManySkipped:
+                    self._save()  # what was learned before the bad steps
+                    raise
+                if not finished:
                     self._save()
                     return False
-                self._end_iteration()
         if self._saved_at != c.iteration:
             self._save()
         return True
@@ -112,11 +118,14 @@ class Loop:
         """Whether a task goes in every iteration."""
         return self.controllers[task].decision if self.config.stopgo.enabled else Decision.GO
 
+    def _plan(self, iteration: int) -> tuple[str, ...]:
+        decisions = {name: self.decision(name) for name in self.parts.tasks}
+        return plan(iteration, self.phases[self.cursor.phase], decisions, self.config.stopgo.gap)
+
     def _begin_iteration(self) -> None:
         c = self.cursor
         c.iteration += 1
-        decisions = {name: self.decision(name) for name in self.parts.tasks}
-        c.remaining = list(plan(c.iteration, self.phases[c.phase], decisions, self.config.stopgo.gap))
+        c.remaining = list(self._plan(c.iteration))
         c.due = [
             name
             for name in self.phases[c.phase]
@@ -165,9 +174,9 @@ class Loop:
         c.consumed[name] = step + 1
 
     def _prefetch(self) -> None:
-        """Ask for the batches of the iteration's next tasks, and of the next iteration's first (it will mostly be so)."""
+        """Ask for the batches of the tasks that come next; past this iteration's end, by the decisions of now."""
         c = self.cursor
-        following = [*c.remaining[1:], *self.phases[c.phase]]
+        following = [*c.remaining[1:], *self._plan(c.iteration + 1)]
         seen: dict[str, int] = {}
         for name in following[:4]:
             step = c.consumed.get(name, 0) + seen.get(name, 0) + (name == c.remaining[0])

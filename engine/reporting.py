@@ -84,7 +84,7 @@ class Reporter(Listener):
         """The result table (last score, best, majority answer, the same weights with the image taken away), figures."""
         rows = []
         for name, task in self.parts.tasks.items():
-            most = majority(task.train.data, task.val, self.parts.validation(task))
+            most = majority(task.train.data, self.parts.validation(task))
             blind = self._score(name, blind=True)
             score = cursor.scores[name] if name in cursor.scores else self._score(name)  # its turn never came
             best = cursor.best.get(name, score)

@@ -7,8 +7,11 @@ Exit codes: 0 done; 2 bad input or configuration; 75 stopped by a signal, saved,
 from __future__ import annotations
 
 import argparse
+import fcntl
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -70,10 +73,11 @@ def _start(config: RunConfig) -> int:
     """A new run in a folder of its own; nothing is written before everything has been read."""
     folder = _run_folder(config)
     console = Console(config.logging.console)
+    console.message(f"run folder {folder}")
     parts = assemble(config, console.message)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(resolved(config))
-    with Journal(folder) as journal:
+    with _alone_in(folder), Journal(folder) as journal:
         tasks = [
             {"name": name, "title": task.row.title, "group": task.row.group, "epoch_iterations": task.epoch_iterations}
             for name, task in parts.tasks.items()
@@ -103,9 +107,20 @@ def _resume(folder: Path, overrides: list[str]) -> int:
             folder / "config.yaml", f"differs from the configuration that {path} was made with", "put it back"
         )
     console.message(f"continuing from {path}")
-    with Journal(folder, keep=cursor.covers) as journal:
+    with _alone_in(folder), Journal(folder, keep=cursor.covers) as journal:
         journal.event("resume", cursor.iteration, checkpoint=str(path))
         return _train(parts, folder, journal, console, cursor)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two processes must not write one run. Raises BadInput while another one does."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(folder, "another process is training here", "wait for it, or stop it") from None
+        yield
 
 
 def _train(parts: Parts, folder: Path, journal: Journal, console: Console, cursor: Cursor) -> int:

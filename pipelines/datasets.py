@@ -99,6 +99,11 @@ class TaskData:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def stores(self) -> tuple[FeatureStore, ...]:
+        """The stores that its batches are read from."""
+        return (self.store,) if self.candidates is None else (self.store, self.candidates)
+
     def detector_counts(self, store_rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many detected regions of these images enter a batch: what `max_regions` leaves, int64 [n]."""
         room = self.spec.max_regions - 1 - self.candidate_counts(store_rows)

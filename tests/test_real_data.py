@@ -76,7 +76,7 @@ def test_all_that_real_photos_feed_is_learned_by_heart(prepared: Prepared) -> No
     )
     scores = {name: accuracy(parts, name) for name in TASKS}
     for name, task in parts.tasks.items():
-        constant = majority(task.train.data, task.train.data, training_split(parts, task))
+        constant = majority(task.train.data, training_split(parts, task))
         examples = len(task.train.data)
         print(f"{name}: {examples} examples, training accuracy {scores[name]:.3f}, majority or chance {constant:.3f}")
     assert min(scores.values()) >= LEARNED, scores

@@ -77,8 +77,11 @@ def load_published(
         raise BadInput(where, _listing(missing, unexpected, bool(untrained)), _mend(missing))
     for key, target in trained.items():
         if key in state and state[key].shape != target.shape:
-            raise BadInput(f"{where}: {key}", f"shape {list(state[key].shape)}, the model has {list(target.shape)}",
-                           "use the checkpoint's configuration and answer vocabulary, or name its prefix under fresh_weights")  # fmt: skip
+            raise BadInput(
+                f"{where}: {key}",
+                f"shape {list(state[key].shape)}, the model has {list(target.shape)}",
+                "use the checkpoint's configuration and answer vocabulary, or name the key's prefix under fresh_weights",
+            )
     if _TIED in state and _WORDS in state and not torch.equal(state[_TIED], state[_WORDS]):
         raise BadInput(f"{where}: {_TIED}", f"differs from {_WORDS}, to which it is tied", "the file is damaged")
     for key, target in trained.items():

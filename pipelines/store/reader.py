@@ -180,6 +180,11 @@ class FeatureStore:
                 _AGAIN,
             )
 
+    def verify_records(self) -> None:
+        """Read every record against its checksum, so that no damage waits for the middle of a run. Raises BadInput."""
+        for row in np.flatnonzero(self._unverified):
+            self._verify_row(int(row))
+
     def _verify_row(self, row: int) -> None:
         if not self._unverified[row]:
             return

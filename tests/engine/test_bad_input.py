@@ -131,6 +131,15 @@ def damage_the_tree(folder: Path) -> None:
     data.write_bytes(content)
 
 
+def damage_every_record(folder: Path) -> None:
+    file = LmdbFile(folder / STORE)
+    content = bytearray((folder / STORE / "data.mdb").read_bytes())
+    for key, offset, size in zip(file.keys, file.offsets.tolist(), file.sizes.tolist(), strict=True):
+        if key != METADATA_KEY:
+            content[offset + size // 2] ^= 1
+    (folder / STORE / "data.mdb").write_bytes(content)
+
+
 DATA = {
     "a missing annotation file": (lambda folder: (folder / ANNOTATIONS).unlink(), ANNOTATIONS, "no such file"),
     "a truncated annotation file": (lambda folder: cut(folder / QUESTIONS), QUESTIONS, ""),
@@ -140,6 +149,7 @@ DATA = {
     "a record of another shape": (another_shape, STORE, "regions need"),
     "a truncated store": (lambda folder: cut(folder / STORE / "data.mdb"), STORE, "truncated"),
     "a damaged store": (damage_the_tree, STORE, ""),
+    "damaged records": (damage_every_record, STORE, "damaged record (checksum)"),
     "a store that is none": (lambda folder: (folder / STORE / "data.mdb").write_text("hello"), STORE, ""),
     "a missing store": (lambda folder: shutil.rmtree(folder / STORE), "sets.vqa.features", "no such file"),
     "a missing vocabulary": (lambda folder: (folder / "vocab.txt").unlink(), "vocabulary", "no such file"),
@@ -183,14 +193,12 @@ def test_a_split_without_answers_cannot_be_validated_on(folder: Path, capsys: py
     assert "sets.vqa.val: its annotations hold no answers" in message
 
 
-def test_a_damaged_record_ends_the_run_when_it_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run opens its stores without reading them whole; `pipelines.check` reads every record."""
-    file = LmdbFile(folder / STORE)
-    content = bytearray((folder / STORE / "data.mdb").read_bytes())
-    for key, offset, size in zip(file.keys, file.offsets.tolist(), file.sizes.tolist(), strict=True):
-        if key != METADATA_KEY:
-            content[offset + size // 2] ^= 1
-    (folder / STORE / "data.mdb").write_bytes(content)
+def test_a_damaged_record_of_a_large_store_ends_the_run_when_it_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run does not read tens of gigabytes at its start; `pipelines.check` does."""
+    monkeypatch.setattr("engine.assembly.VERIFIED_AT_START", 0)
+    damage_every_record(folder)
     assert STORE in refused(check, [str(folder / "run.yaml")], folder, capsys)
     assert main(["--config", str(folder / "run.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

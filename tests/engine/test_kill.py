@@ -179,6 +179,18 @@ def test_a_signal_saves_and_the_run_continues_to_the_bit(
     assert_same(straight("float32"), tmp_path / "stopped")
 
 
+def test_an_interrupt_before_training_leaves_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.train.assemble", interrupted)
+    assert train(data, tmp_path / "run", "float32") == 130
+    assert capsys.readouterr().err.startswith("interrupted;")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path / "run", "float32") == 0
     before = rows(tmp_path / "run" / "events.jsonl", "validation", "decision", "result", "end")
