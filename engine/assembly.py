@@ -145,7 +145,9 @@ def _verify_stores(tasks: dict[str, Task], say: Callable[[str], None]) -> None:
         if store.file_bytes.nbytes <= VERIFIED_AT_START:
             store.verify_records()
         else:
-            say(f"{store.path}: {store.file_bytes.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)")
+            say(
+                f"{store.path}: {store.file_bytes.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)"
+            )
 
 
 def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:

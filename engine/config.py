@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from engine.model.config import ModelConfig
 from engine.overrides import Sources, gather
@@ -270,6 +271,19 @@ def _check_fit(config: RunConfig, rows: tuple[TaskRow, ...], sources: Sources) -
             "no task of this run is in its groups",
             f"they are in {groups}",
         )
+
+
+def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key path, its default or `required`, description) of every key, section by section."""
+    rows = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            rows += describe(inner, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {json.dumps(to_jsonable_python(field.default))}"
+        rows.append((f"{prefix}{name}", default, field.description or ""))
+    return rows
 
 
 def resolved(config: RunConfig) -> str:

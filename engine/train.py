@@ -18,7 +18,7 @@ from typing import Self
 
 from engine import checkpoint
 from engine.assembly import Parts, assemble
-from engine.config import RunConfig, config_hash, load, resolved
+from engine.config import RunConfig, config_hash, describe, load, resolved
 from engine.console import Console
 from engine.cursor import Cursor
 from engine.house import check_imports
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         check_imports()
+        if arguments.keys:
+            print(_keys())
+            return 0
         if arguments.resume:
             return _resume(arguments.resume, arguments.overrides)
         config = load(arguments.config, arguments.overrides)
@@ -57,16 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine.train",
         description="Train one vision-and-language model on many data sets by round-robin batches with dynamic stop-and-go.",
-        epilog="Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved (resume it), "
+        epilog="--keys lists what a configuration can say. "
+        "Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved (resume it), "
         "130 interrupted before there was anything to save, 1 anything else.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="run configuration, e.g. configs/runs/world.yaml")
+    what.add_argument("--keys", action="store_true", help="list every key of a run configuration and stop")
     what.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue from its newest checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. max_iterations=100 stopgo.gap=8")
     return parser
+
+
+def _keys() -> str:
+    rows = describe()
+    width = max(len(key) for key, _, _ in rows)
+    return "\n".join(f"{key:{width}}  {text}{'; ' if text else ''}{default}" for key, default, text in rows)
 
 
 def _start(config: RunConfig) -> int:

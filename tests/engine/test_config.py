@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import RunConfig, config_hash, load, load_tasks, resolved
+from engine.config import RunConfig, config_hash, describe, load, load_tasks, resolved
 from pipelines.errors import BadInput
 from pipelines.world.plan import SCALES
 
@@ -183,3 +183,10 @@ def test_configurations_are_frozen_and_every_key_is_documented() -> None:
         if "description" not in field and "$ref" not in field
     ]
     assert undocumented == []
+
+
+def test_every_key_is_described() -> None:
+    rows = describe()
+    assert ("stopgo.gap", "default 4") in [(key, default) for key, default, _ in rows]
+    assert ("max_iterations", "required") in [(key, default) for key, default, _ in rows]
+    assert not [key for key, _, text in rows if not text]
