@@ -143,9 +143,7 @@ except BadInput as error:
 
 def start(path: Path, mode: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _WRITE, str(path), mode]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path: Path) -> None:
