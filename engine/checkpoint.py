@@ -36,7 +36,9 @@ def save(folder: Path, model: ViLBERT, optimizer: Optimizer, cursor: Cursor, kee
         shutil.rmtree(left)
     temporary.mkdir()
     try:
-        save_file(export_published(model), temporary / "weights.safetensors", metadata={"format": "pt"})
+        save_file(
+            export_published(model, optimizer.masters()), temporary / "weights.safetensors", metadata={"format": "pt"}
+        )
         save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, temporary / "optimizer.safetensors")
         (temporary / "cursor.json").write_text(cursor.to_json())
         files = {name: _fingerprint(temporary / name) for name in _FILES}
@@ -49,7 +51,7 @@ def save(folder: Path, model: ViLBERT, optimizer: Optimizer, cursor: Cursor, kee
         raise
     os.rename(temporary, target)
     _sync(folder)
-    for old in checkpoints(folder)[keep:]:
+    for old in [path for path in checkpoints(folder) if path != target][keep - 1 :]:
         shutil.rmtree(old)
     return target
 
@@ -102,13 +104,12 @@ def load(path: Path, model: ViLBERT, optimizer: Optimizer) -> Cursor:
 
 
 def _free_name(folder: Path, iteration: int) -> Path:
-    """A name that no complete checkpoint has: an older one is removed only after the new one is in place."""
-    name = folder / f"{_PREFIX}{iteration:07d}"
-    again = 1
-    while name.exists():
-        name = folder / f"{_PREFIX}{iteration:07d}-{again}"
-        again += 1
-    return name
+    """A name later than every other of this iteration: nothing complete is ever written over."""
+    name = f"{_PREFIX}{iteration:07d}"
+    taken = [path.name for path in checkpoints(folder) if path.name.startswith(name)]
+    if not taken:
+        return folder / name
+    return folder / f"{name}-{1 + max(int(other.removeprefix(name).lstrip('-') or 0) for other in taken)}"
 
 
 def _fingerprint(path: Path) -> dict[str, object]:

@@ -200,6 +200,8 @@ class RunConfig(_Section):
         waits = self.curriculum.kind != "none" and self.curriculum.iterations == "until_stopped"
         if waits and not self.stopgo.enabled:
             raise ValueError("curriculum.iterations must be a number where stopgo is off: nothing would stop")
+        if self.initial_text is not None and self.initial_weights is not None:
+            raise ValueError("initial_text would be overwritten by initial_weights: give one of them")
         if self.decay.boundaries and self.decay.boundaries[-1] > self.max_iterations:
             raise ValueError(f"decay.boundaries: {self.decay.boundaries[-1]} lies past max_iterations")
         return self

@@ -45,7 +45,8 @@ class Cursor:
     best: dict[str, float] = field(default_factory=dict)
     """Best validation score of each task."""
     windows: dict[str, Window] = field(default_factory=dict)
-    skipped_in_row: int = 0
+    skipped_in_row: dict[str, int] = field(default_factory=dict)
+    """Steps of each task that were not finite, since its last good one."""
     config_hash: str = ""
 
     @property

@@ -25,17 +25,20 @@ from engine.step import StepResult, train_step
 from engine.stopgo import Decision, new_controller, restore
 from engine.tasks import MAX_TASK_NUMBER
 from engine.validation import Interrupted, validate
+from pipelines.errors import BadInput
 from pipelines.loader import Loader
 
 
 class TooManySkipped(Exception):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps of a task in a row had a loss or gradient that is not finite. Found when a log window is read."""
 
 
 @dataclass
 class Clock:
-    """Seconds of a task since the last log iteration: in its steps, and waiting for its batches. No part of a run's
-    state."""
+    """Seconds of a task since the last log iteration: in its steps, and waiting for its batches. No part of a run's state.
+
+    Taken on the host: on a GPU, whose work goes on behind, steps seem shorter than they are.
+    """
 
     step: float = 0.0
     wait: float = 0.0
@@ -101,15 +104,13 @@ class Loop:
                 if not c.partial:
                     self._begin_iteration()
                 try:
-                    finished = self._finish_iteration()
-                    if finished:
-                        self._end_iteration()
-                except TooManySkipped:
-                    self._save()  # what was learned before the bad steps
+                    if not self._finish_iteration():
+                        self._save()
+                        return False
+                    self._end_iteration()
+                except (TooManySkipped, BadInput):
+                    self._save()  # what was learned before the bad steps, or the damaged record, is not lost
                     raise
-                if not finished:
-                    self._save()
-                    return False
         if self._saved_at != c.iteration:
             self._save()
         return True
@@ -244,12 +245,12 @@ class Loop:
             window = self.cursor.windows.setdefault(name, Window())
             window.steps += 1
             window.skipped += int(skipped)
-            self.cursor.skipped_in_row = self.cursor.skipped_in_row + 1 if skipped else 0
-            if self.cursor.skipped_in_row >= self.config.guard.max_skipped:
+            in_row = self.cursor.skipped_in_row[name] = self.cursor.skipped_in_row.get(name, 0) + 1 if skipped else 0
+            if in_row >= self.config.guard.max_skipped:
                 self._pending.clear()
                 raise TooManySkipped(
-                    f"{self.cursor.skipped_in_row} steps in a row were not finite, the last one of task {name} by iteration "
-                    f"{self.cursor.iteration}; the weights are those before them: lower its learning rate, or look at its data"
+                    f"{in_row} steps of task {name} in a row were not finite, by iteration {self.cursor.iteration}; "
+                    "they changed nothing: lower its learning rate, or look at its data"
                 )
             if not skipped:
                 window.examples += examples

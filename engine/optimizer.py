@@ -77,6 +77,15 @@ class Optimizer:
         for unit in self.units.values():
             unit.take_masters(exact)
 
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """The float32 master of every bfloat16 parameter."""
+        return {
+            parameter: master
+            for unit in self.units.values()
+            for parameter, master in zip(unit.parameters, unit.masters, strict=True)
+            if master is not parameter
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and masters by unit and parameter name; plain tensors, for safetensors."""
         state = {f"{name}/{key}": value for name, unit in self.units.items() for key, value in unit.state().items()}

@@ -53,7 +53,9 @@ class HeadRow(_Row):
 
     name: str = Field(description="prefix of its parameters in the published layout")
     kind: HeadKind = Field(description="what it computes, and over which rows")
-    options: int | None = Field(None, ge=2, description="match: (text, image) pairs that compete in one sample")
+    options: Literal[4] | None = Field(
+        None, description="match: (text, image) pairs that compete; the sampler makes four"
+    )
     classes: int | None = Field(None, ge=2, description="classes, paired_classes: how many")
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from engine.journal import Journal
 from engine.loop import Loop, TooManySkipped
 from engine.reporting import Reporter
 from pipelines.errors import BadInput
+from pipelines.files import write_atomic
 
 EXIT_BAD_INPUT, EXIT_SAVED, EXIT_INTERRUPTED = 2, 75, 130
 
@@ -39,7 +41,14 @@ def main(argv: list[str] | None = None) -> int:
             print(_keys())
             return 0
         if arguments.resume:
-            return _resume(arguments.resume, arguments.overrides)
+            if arguments.print_config or arguments.overrides:
+                raise BadInput(
+                    "--resume", "a resumed run keeps its configuration (config.yaml)", "give the folder alone"
+                )
+            if not (arguments.resume / "config.yaml").is_file():
+                raise BadInput(arguments.resume, "not a run folder: it has no config.yaml", "give the folder of a run")
+            with _alone_in(arguments.resume):
+                return _resume(arguments.resume)
         config = load(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(resolved(config), end="")
@@ -82,13 +91,13 @@ def _keys() -> str:
 
 def _start(config: RunConfig) -> int:
     """A new run in a folder of its own; nothing is written before everything has been read."""
-    folder = _run_folder(config)
+    _run_folder(config)  # a used folder is refused before the work of reading
     console = Console(config.logging.console)
-    console.message(f"run folder {folder}")
     parts = assemble(config, console.message)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(resolved(config))
+    folder = _claimed_folder(config)
+    console.message(f"run folder {folder}")
     with _alone_in(folder), Journal(folder) as journal:
+        write_atomic(folder / "config.yaml", resolved(config).encode())
         tasks = [
             {"name": name, "title": task.row.title, "group": task.row.group, "epoch_iterations": task.epoch_iterations}
             for name, task in parts.tasks.items()
@@ -100,12 +109,8 @@ def _start(config: RunConfig) -> int:
         return _train(parts, folder, journal, console, Cursor(config_hash=config_hash(config)))
 
 
-def _resume(folder: Path, overrides: list[str]) -> int:
+def _resume(folder: Path) -> int:
     """Continue a run exactly: its own configuration, its newest checkpoint that verifies."""
-    if not (folder / "config.yaml").is_file():
-        raise BadInput(folder, "not a run folder: it has no config.yaml", "give the folder that a run has written")
-    if overrides:
-        raise BadInput(overrides[0], "a resumed run keeps its configuration", "leave it out, or start a new run")
     config = load(folder / "config.yaml", [])
     console = Console(config.logging.console)
     path, refused = checkpoint.newest_valid(folder / "checkpoints")
@@ -118,7 +123,7 @@ def _resume(folder: Path, overrides: list[str]) -> int:
             folder / "config.yaml", f"differs from the configuration that {path} was made with", "put it back"
         )
     console.message(f"continuing from {path}")
-    with _alone_in(folder), Journal(folder, keep=cursor.covers) as journal:
+    with Journal(folder, keep=cursor.covers) as journal:
         journal.event("resume", cursor.iteration, checkpoint=str(path))
         return _train(parts, folder, journal, console, cursor)
 
@@ -142,8 +147,7 @@ def _train(parts: Parts, folder: Path, journal: Journal, console: Console, curso
         with _StopSignals() as stop:
             done = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked).run()
         if done:
-            reporter.finish(folder, cursor)
-            return 0
+            return _finish(reporter, folder, cursor, console)
     except BaseException:
         journal.event("end", cursor.iteration, reason="error")
         raise
@@ -151,8 +155,23 @@ def _train(parts: Parts, folder: Path, journal: Journal, console: Console, curso
         console.close()
     journal.event("signal", cursor.iteration, name=stop.name)
     journal.event("end", cursor.iteration, reason="signal")
-    console.message(f"{stop.name}: saved; continue with: python -m engine.train --resume {folder}")
+    console.message(f"{stop.name}: saved; continue with: {_python()} -m engine.train --resume {folder}")
     return EXIT_SAVED
+
+
+def _finish(reporter: Reporter, folder: Path, cursor: Cursor, console: Console) -> int:
+    try:
+        reporter.finish(folder, cursor)
+    except KeyboardInterrupt:
+        again = f"{_python()} -m engine.train --resume {folder}"
+        console.message(f"interrupted while scoring; the run is complete and saved, its tables: {again}")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _python() -> str:
+    """This interpreter, as one would type it here."""
+    return os.path.relpath(sys.executable)
 
 
 class _StopSignals:
@@ -175,6 +194,18 @@ class _StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+
+
+def _claimed_folder(config: RunConfig) -> Path:
+    """The run folder, made by this process: another one may have started while this one was reading."""
+    while True:
+        folder = _run_folder(config)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if config.output == "auto":
+                continue
+        return folder
 
 
 def _run_folder(config: RunConfig) -> Path:

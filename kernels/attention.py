@@ -33,10 +33,10 @@ def attention_torch(
     q4, k4, v4 = (_padded(x, rows, heads) for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows)))
     scores = (q4 @ k4.transpose(-1, -2)).float() * (width // heads) ** -0.5
     scores = scores.masked_fill(k_rows.is_padding[:, None, None, :], float("-inf"))
-    probabilities = scores.softmax(-1).to(v.dtype)
+    probabilities = scores.softmax(-1)
     if dropout is not None:
-        probabilities = probabilities * _scaled_keep(dropout, q_rows, k_rows, heads, v.dtype)
-    context = (probabilities @ v4).transpose(1, 2).reshape(-1, width)
+        probabilities = probabilities * _scaled_keep(dropout, q_rows, k_rows, heads)
+    context = (probabilities.to(v.dtype) @ v4).transpose(1, 2).reshape(-1, width)
     return context if q_rows.total == context.shape[0] else context[q_rows.slots]
 
 
@@ -48,12 +48,12 @@ def _padded(x: Tensor, rows: Rows, heads: int) -> Tensor:
     return x.view(rows.n, rows.max_seqlen, heads, -1).transpose(1, 2)
 
 
-def _scaled_keep(dropout: Dropout, q_rows: Rows, k_rows: Rows, heads: int, dtype: torch.dtype) -> Tensor:
-    """[n, heads, max q, max k]: 0 for dropped places, the dropout's scale for kept ones."""
+def _scaled_keep(dropout: Dropout, q_rows: Rows, k_rows: Rows, heads: int) -> Tensor:
+    """float32 [n, heads, max q, max k]: 0 for dropped places, the dropout's scale for kept ones."""
     device = q_rows.item_key.device
     row = torch.arange(q_rows.max_seqlen, device=device)
     row = row[None, :] + (torch.arange(heads, device=device)[:, None] << HEAD_SHIFT)
     shape = (q_rows.n, heads, q_rows.max_seqlen)
     key, index = (part.expand(shape).reshape(-1) for part in (q_rows.item_key[:, None, None], row[None]))
     keep = keep_mask(dropout, key, index, k_rows.max_seqlen, ATTENTION_TILE)
-    return (keep.view(*shape, k_rows.max_seqlen) * dropout.scale).to(dtype)
+    return keep.view(*shape, k_rows.max_seqlen) * dropout.scale

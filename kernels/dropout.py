@@ -92,4 +92,4 @@ def drop(x: Tensor, dropout: Dropout | None, row_key: Tensor, row_index: Tensor)
     if dropout is None:
         return x
     keep = keep_mask(dropout, row_key, row_index, x.shape[-1])
-    return x * (keep * dropout.scale).to(x.dtype)
+    return (x.float() * (keep * dropout.scale)).to(x.dtype)  # in bfloat16 the scale itself would be rounded

@@ -6,7 +6,7 @@ sixty. Weight decay acts on matrices only, so the split between the two tensors 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -40,6 +40,8 @@ class FlatBlock(nn.Module):
     """
 
     prefix: str
+    number: int = -1
+    """Place of the block in the counter space of dropout; the trunk gives it."""
     matrices: nn.Parameter
     vectors: nn.Parameter
 
@@ -62,10 +64,15 @@ class FlatBlock(nn.Module):
             views |= {name: piece.view(shape) for (name, shape), piece in zip(layout.items(), pieces, strict=True)}
         return views
 
-    def published(self, of: str = "value") -> Iterator[tuple[str, Tensor]]:
-        """(published key, view) of every part; `of` is "value" or "grad" (zeros where no gradient arrived)."""
+    def published(
+        self, of: str = "value", exact: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(published key, view) of every part; `of` is "value" or "grad" (zeros where no gradient arrived).
+
+        `exact` replaces the values of parameters by others of their shape (float32 masters).
+        """
         for flat, parts in ((self.matrices, self.matrix_parts), (self.vectors, self.vector_parts)):
-            source = flat.detach()
+            source = (exact or {}).get(flat, flat).detach()
             if of == "grad":
                 source = torch.zeros_like(flat) if flat.grad is None else flat.grad
             for part in parts:

@@ -1,5 +1,8 @@
 """The blocks of the two streams: embeddings, transformer layers, bridges, poolers (spec sections 1.2 to 1.6).
 
+Rows are gathered by `F.embedding` and `index_select`, not by indexing: the backward of indexing adds repeated rows up in
+an order that changes from run to run once two CPU threads share the work, and a resume would not be exact.
+
 Shape letters: T text rows, R region rows, D text width, V image width, H co-attention width, P pairs, n items.
 """
 
@@ -46,13 +49,14 @@ class TextEmbedding(FlatBlock):
         w = self.fields()
         position = rows.row_index
         if not has_task_token:
-            x = w["words"][token_ids] + w["positions"][position] + w["segments"][0]
+            x = F.embedding(token_ids, w["words"]) + F.embedding(position, w["positions"]) + w["segments"][0]
         else:
             is_task = position == 1
             position = position - (position > 1).long()
-            x = w["words"][token_ids.masked_fill(is_task, 0)] + w["positions"][position] + w["segments"][0]
+            words = F.embedding(token_ids.masked_fill(is_task, 0), w["words"])
+            x = words + F.embedding(position, w["positions"]) + w["segments"][0]
             task_rows = rows.starts + 1
-            x = x.index_copy(0, task_rows, w["tasks"][token_ids[task_rows]])
+            x = x.index_copy(0, task_rows, F.embedding(token_ids[task_rows], w["tasks"]))
         x = F.layer_norm(x, w["weight"].shape, w["weight"], w["shift"], LAYER_NORM_EPS)
         return drop(x, random.dropout(self.p, slot=0), rows.row_key, rows.row_index)
 
@@ -127,7 +131,7 @@ class TransformerLayer(FlatBlock):
             q_weight, kv_weight = w["qkv"].split([self.width, 2 * self.width])
             q_bias, kv_bias = w["qkv_bias"].split([self.width, 2 * self.width])
             k, v = F.linear(x, kv_weight, kv_bias).chunk(2, -1)
-            x = x[rows.starts]
+            x = x.index_select(0, rows.starts)
             q = F.linear(x, q_weight, q_bias)
         else:
             q, k, v = F.linear(x, w["qkv"], w["qkv_bias"]).chunk(3, -1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
 from engine.model.flat import is_scale
@@ -91,10 +91,10 @@ def load_published(
     return absent
 
 
-def export_published(model: ViLBERT) -> dict[str, Tensor]:
+def export_published(model: ViLBERT, exact: Mapping[nn.Parameter, Tensor] | None = None) -> dict[str, Tensor]:
     """The whole published layout in float32 on the CPU. What was neither trained nor carried is new: zeros, scales 1."""
     state: dict[str, Tensor] = {}
-    trained = dict(model.published())
+    trained = {key: value for block in model.blocks() for key, value in block.published(exact=exact)}
     for key, shape in published_shapes(model.config, _specs(model)).items():
         if key == _TIED:
             continue
@@ -205,7 +205,7 @@ def _listing(missing: list[str], unexpected: Sequence[str] = (), untrained: bool
 
 def _mend(missing: list[str]) -> str:
     if not missing:
-        return "the file is of another model"
+        return "the file is of another model, or of a run with another head: add the task of that head"
     return "to start some parts anew, name their prefixes under fresh_weights"
 
 

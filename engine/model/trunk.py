@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
+from engine.model.flat import FlatBlock
 from engine.model.layers import Bridge, ImageEmbedding, Poolers, TextEmbedding, TransformerLayer
 from engine.model.randomness import Randomness
 from kernels.rows import Rows
 from pipelines.batch import Batch
 
-At = Callable[[nn.Module], Randomness]
+At = Callable[[FlatBlock], Randomness]
 """The random coordinates of a block."""
 
 
@@ -68,12 +69,10 @@ class Trunk(nn.Module):
         self.bridges = nn.ModuleList(Bridge(f"bert.encoder.c_layer.{k}.", c) for k in range(c.n_bridges))
         self.poolers = Poolers(c)
         blocks = [self.text_embedding, self.image_embedding, *self.text_layers, *self.image_layers, *self.bridges]
-        self._number = {id(block): number for number, block in enumerate([*blocks, self.poolers])}
-
-    @property
-    def n_blocks(self) -> int:
+        for number, block in enumerate([*blocks, self.poolers]):
+            block.number = number
+        self.n_blocks = len(blocks) + 1
         """Blocks numbered for randomness; heads come after."""
-        return len(self._number)
 
     def forward(self, batch: Batch, need: Need, random: Randomness, share: bool = True) -> Streams:
         """Streams of the batch's pairs. `share=False` runs every pair on copies of its own (same numbers, more work)."""
@@ -119,11 +118,12 @@ class Trunk(nn.Module):
         assert streams.text is not None
         text, image, rows = streams.text, streams.image, streams.text_rows.first
         if text.shape[0] != rows.total:
-            text, image = text[streams.text_rows.starts], image[streams.image_rows.starts]
+            text = text.index_select(0, streams.text_rows.starts)
+            image = image.index_select(0, streams.image_rows.starts)
         return self.poolers(text, image, rows, self._at(random)(self.poolers), slot=int(pretraining))
 
     def _at(self, random: Randomness) -> At:
-        return lambda block: random.at(self._number[id(block)])
+        return lambda block: random.at(block.number)
 
     @staticmethod
     def _run(
@@ -132,8 +132,9 @@ class Trunk(nn.Module):
         """Layers start..stop-1; with `first_only` the result is row 0 of each item."""
         for i in range(start, stop):
             layer = layers[i]
+            assert isinstance(layer, FlatBlock)
             x = layer(x, rows, at(layer), first_only=first_only and i == stop - 1)
-        return x[rows.starts] if first_only and start == stop else x
+        return x.index_select(0, rows.starts) if first_only and start == stop else x
 
 
 def _paired(batch: Batch, text: Tensor, image: Tensor, texts: Rows, images: Rows) -> tuple[Tensor, Tensor, Rows, Rows]:
@@ -143,12 +144,12 @@ def _paired(batch: Batch, text: Tensor, image: Tensor, texts: Rows, images: Rows
         text_rows = replace(texts, item_key=key)
     else:
         text_rows, gather = texts.take(batch.pair_text, batch.pair_text_rows, key)
-        text = text[gather]
+        text = text.index_select(0, gather)
     if batch.n_images == batch.n_pairs:
         image_rows = replace(images, item_key=key)
     else:
         image_rows, gather = images.take(batch.pair_image, batch.pair_image_rows, key)
-        image = image[gather]
+        image = image.index_select(0, gather)
     return text, image, text_rows, image_rows
 
 

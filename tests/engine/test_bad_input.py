@@ -320,7 +320,7 @@ def test_the_commands_print_no_traceback(module: str, folder: Path) -> None:
     cut(folder / QUESTIONS)
     arguments = ["--config"] if module == "engine.train" else []
     command = [sys.executable, "-m", module, *arguments, str(folder / "run.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and QUESTIONS in line

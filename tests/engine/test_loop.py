@@ -176,8 +176,45 @@ def test_many_steps_that_are_not_finite_end_the_run_and_name_the_task(tmp_path: 
     parts = assemble(configure(tmp_path, "guard.max_skipped=4"))
     with torch.no_grad():
         parts.model.trunk.text_embedding.vectors.fill_(float("nan"))
-    with pytest.raises(TooManySkipped, match="4 steps in a row .* task pointing"):
+    with pytest.raises(TooManySkipped, match="4 steps of task answers in a row"):
         run(parts, tmp_path / "run")
+
+
+def test_one_bad_task_among_good_ones_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    parts = assemble(configure(tmp_path, "guard.max_skipped=4"))
+    parts.model.get_parameter("heads.pair_head.vectors").data.fill_(float("nan"))
+    with pytest.raises(TooManySkipped, match="4 steps of task pairs in a row"):
+        run(parts, tmp_path / "run")
+    kept = load(newest_valid(tmp_path / "run")[0], parts.model, parts.optimizer)
+    assert kept.consumed["answers"] == 6 and kept.skipped_in_row == {
+        "answers": 0,
+        "captions": 0,
+        "phrases": 0,
+        "pointing": 0,
+        "pairs": 4,
+    }
+
+
+def test_a_step_is_the_same_to_the_bit_on_two_threads(tmp_path: Path) -> None:
+    """Sums of gathered rows must not depend on which thread comes first: sizes past torch's threshold for sharing."""
+    config = configure(tmp_path, "model.hidden_size=96", "model.v_hidden_size=96", "model.bi_hidden_size=96",
+                       "task_overrides.captions.batch=64", "task_overrides.answers.batch=64")  # fmt: skip
+    parts = assemble(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("answers", "captions"):
+            task = parts.tasks[name]
+            batch = task.train(0)
+            gradients = []
+            for _ in range(6):
+                parts.model.zero_grad()
+                loss, _ = loss_and_score(parts.model(batch, task.row.head, Randomness(0, 1, True)), batch)
+                loss.backward()
+                gradients.append({key: value.clone() for key, value in parts.model.published("grad")})
+            assert all(same(gradients[0], other) for other in gradients[1:]), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_stopped_tasks_run_on_multiples_of_the_gap_only(tmp_path: Path) -> None:
