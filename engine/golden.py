@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -71,6 +72,18 @@ class GoldenTask:
         return logits
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a golden file. Raises BadInput where it cannot be read or holds numbers that are not finite."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(path, f"not readable: {error}", "is it truncated?") from None
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise BadInput(f"{path}: {name}", "holds numbers that are not finite", "nothing can be compared with them")
+    return tensors
+
+
 def load_tasks(golden: Path, meta: dict[str, Any]) -> list[GoldenTask]:
     """Every task of the folder, in the order of `meta.json`."""
     tasks = []
@@ -80,7 +93,9 @@ def load_tasks(golden: Path, meta: dict[str, Any]) -> list[GoldenTask]:
             raise BadInput(path, "missing, though meta.json names the task")
         if row["loss_type"] not in _LOSS_TYPES:
             raise BadInput(f"{golden / 'meta.json'}: tasks.{name}.loss_type", f"unknown: {row['loss_type']}")
-        tasks.append(GoldenTask(name, row["reference_task_id"], row["loss_type"], load_file(path)))
+        tasks.append(GoldenTask(name, row["reference_task_id"], row["loss_type"], load_tensors(path)))
+    if not tasks:
+        raise BadInput(golden / "meta.json", "names no task", "there is nothing to compare")
     return tasks
 
 
@@ -130,9 +145,17 @@ def pack_padded(
     )
 
 
+def retrieval_task(tasks: list[GoldenTask]) -> GoldenTask:
+    """The first retrieval task, whose head and task token the shared batch uses."""
+    for task in tasks:
+        if task.head_kind == "match":
+            return task
+    raise BadInput("shared_pairs.safetensors", "needs a retrieval task beside it", "add one, or remove the file")
+
+
 def shared_batch(t: dict[str, Tensor], tasks: list[GoldenTask]) -> Batch:
     """The retrieval batch in its real layout: distinct texts and images, pairs by index."""
-    number = next(task.number for task in tasks if task.head_kind == "match")
+    number = retrieval_task(tasks).number
     return pack_padded(
         "shared", t["text_ids"], t["text_mask"], t, number, OptionTarget(t["target"]), t["target"].numel(),
         (t["pair_text"], t["pair_image"]),

@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.golden import GoldenTask, load_tasks, pretraining_batch, shared_batch, task_batch
+from engine.golden import (
+    GoldenTask,
+    load_tasks,
+    load_tensors,
+    pretraining_batch,
+    retrieval_task,
+    shared_batch,
+    task_batch,
+)
 from engine.losses import loss_and_score, pretraining_losses
 from engine.model.config import ModelConfig
 from engine.model.heads import HeadSpec
@@ -146,7 +153,9 @@ def _compare_gradients(row: Row, model: ViLBERT, expected: dict[str, Tensor]) ->
     ours = dict(model.published("grad"))
     for key, theirs in expected.items():
         kind, _, name = key.partition("/")
-        if kind == "grad":
+        if kind in ("grad", "gradnorm") and name not in ours:
+            row.failures.append(f"{key}: no tensor of that name is trained here")
+        elif kind == "grad":
             row.compare("grad", key, ours[name], theirs, ABSOLUTE, RELATIVE)
         elif kind == "gradnorm":
             row.compare("gradnorm", key, ours[name].double().norm(), theirs, ABSOLUTE, RELATIVE)
@@ -158,7 +167,7 @@ def _compare_gradients(row: Row, model: ViLBERT, expected: dict[str, Tensor]) ->
 
 def _pretraining_row(model: ViLBERT, path: Path, dtype: torch.dtype) -> Row:
     row = Row("pretraining")
-    expected = load_file(path)
+    expected = load_tensors(path)
     batch, target = pretraining_batch(expected)
     model.zero_grad(set_to_none=True)
     losses = pretraining_losses(model, batch, target, Randomness())
@@ -175,9 +184,9 @@ def _pretraining_row(model: ViLBERT, path: Path, dtype: torch.dtype) -> Row:
 def _sharing_row(model: ViLBERT, path: Path, tasks: list[GoldenTask]) -> Row:
     """A retrieval batch with prefixes shared and not: the same numbers."""
     row = Row("shared pairs")
-    expected = load_file(path)
+    expected = load_tensors(path)
     batch = shared_batch(expected, tasks)
-    head = next(task.head for task in tasks if task.head_kind == "match")
+    head = retrieval_task(tasks).head
     results = {}
     for share in (True, False):
         model.zero_grad(set_to_none=True)
@@ -195,7 +204,7 @@ def _sharing_row(model: ViLBERT, path: Path, tasks: list[GoldenTask]) -> Row:
 def _trajectory_row(model: ViLBERT, golden: Path, meta: dict[str, Any], tasks: list[GoldenTask]) -> Row:
     """The update rule through the loop's own step: losses along the way, norms of the weights afterwards."""
     row = Row("trajectory")
-    expected, rule = load_file(golden / "trajectory.safetensors"), meta["trajectory"]
+    expected, rule = load_tensors(golden / "trajectory.safetensors"), meta["trajectory"]
     settings = OptimizerSettings(betas=tuple(rule["betas"]), eps=rule["eps"], weight_decay=rule["weight_decay"])
     optimizer = Optimizer(model, settings, base_lr=rule["lr"], head_lr=rule["lr"])
     by_name = {task.name: task for task in tasks}
@@ -233,10 +242,15 @@ def _controller_row(path: Path, kind: type[ReferenceController | PaperController
 
 
 def _meta(golden: Path) -> dict[str, Any]:
+    path = golden / "meta.json"
     try:
-        return json.loads((golden / "meta.json").read_text())
+        meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(golden / "meta.json", f"not readable: {error}", "give a folder of golden numbers") from None
+        raise BadInput(path, f"not readable: {error}", "give a folder of golden numbers") from None
+    for key in ("config", "tasks"):
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), dict):
+            raise BadInput(f"{path}: {key}", "missing", "give a folder of golden numbers")
+    return meta
 
 
 def _print(rows: list[Row], dtype: str) -> None:
