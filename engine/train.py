@@ -41,12 +41,14 @@ def main(argv: list[str] | None = None) -> int:
             print(_keys())
             return 0
         if arguments.resume:
-            if arguments.print_config or arguments.overrides:
-                raise BadInput(
-                    "--resume", "a resumed run keeps its configuration (config.yaml)", "give the folder alone"
-                )
             if not (arguments.resume / "config.yaml").is_file():
                 raise BadInput(arguments.resume, "not a run folder: it has no config.yaml", "give the folder of a run")
+            if arguments.overrides:
+                what = "a resumed run keeps its configuration"
+                raise BadInput(arguments.overrides[0], what, "leave it out, or start a new run")
+            if arguments.print_config:
+                print((arguments.resume / "config.yaml").read_text(), end="")
+                return 0
             with _alone_in(arguments.resume):
                 return _resume(arguments.resume)
         config = load(arguments.config, arguments.overrides)
