@@ -52,7 +52,7 @@ EVENTS = {
 }
 """Kinds of rows of `events.jsonl` (column `event`), and their columns beside `t` and `iteration`."""
 
-CLOCK_COLUMNS = frozenset({"t", "seconds", "examples_per_s", "iterations_per_s", "step_ms", "data_wait_ms"})
+CLOCK_COLUMNS = frozenset({"t", "examples_per_s", "iterations_per_s", "step_ms", "data_wait_ms"})
 """Columns that differ between two identical runs."""
 
 

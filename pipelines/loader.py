@@ -6,7 +6,6 @@ the training loop's path. The heavy part of packing is copying, which lets other
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,8 +83,6 @@ class Loader:
         self._depth = depth
         self._pending: dict[tuple[str, int], Future[Batch]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self.wait_seconds = 0.0
-        """How long `take` has kept its callers, in all."""
 
     def request(self, task: str, step: int) -> bool:
         """Start on a batch. False, and nothing done, where `depth` others are pending: ask again later."""
@@ -101,12 +98,8 @@ class Loader:
 
         An error in making it (BadInput for a damaged record) is raised here.
         """
-        started = time.perf_counter()
-        try:
-            future = self._pending.pop((task, step), None)
-            return self._sources[task](step) if future is None else future.result()
-        finally:
-            self.wait_seconds += time.perf_counter() - started
+        future = self._pending.pop((task, step), None)
+        return self._sources[task](step) if future is None else future.result()
 
     def close(self) -> None:
         """Drop what is pending and end the thread."""

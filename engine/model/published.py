@@ -60,7 +60,7 @@ def load_published(
     """
     state = {_modern_name(key): value for key, value in state.items()}
     trained = dict(model.published())
-    known = published_shapes(model.config, _specs(model))
+    known = published_shapes(model.config, model.head_specs)
     untrained = _never_trained(model, state)
     misfits = [key for key, target in trained.items() if key in state and state[key].shape != target.shape]
     replaced = [prefix for prefix in fresh if any(_under(key, prefix) for key in misfits)]
@@ -95,7 +95,7 @@ def export_published(model: ViLBERT, exact: Mapping[nn.Parameter, Tensor] | None
     """The whole published layout in float32 on the CPU. What was neither trained nor carried is new: zeros, scales 1."""
     state: dict[str, Tensor] = {}
     trained = {key: value for block in model.blocks() for key, value in block.published(exact=exact)}
-    for key, shape in published_shapes(model.config, _specs(model)).items():
+    for key, shape in published_shapes(model.config, model.head_specs).items():
         if key == _TIED:
             continue
         if key in trained:
@@ -161,10 +161,6 @@ def load_bert(model: ViLBERT, folder_or_file: Path) -> int:
                            "choose a model configuration of that size")  # fmt: skip
         target.copy_(state[key])
     return sum(key in state for key in wanted)
-
-
-def _specs(model: ViLBERT) -> dict[str, HeadSpec]:
-    return dict(model.head_specs)
 
 
 def _modern_name(key: str) -> str:

@@ -37,7 +37,6 @@ def test_prefetched_batches_are_the_same(sources: dict[str, TrainingSource]) -> 
             for ahead in plan[position + 1 : position + 3]:
                 assert loader.request(*ahead)
             assert_equal(loader.take(name, step), sources[name](step))
-        assert loader.wait_seconds > 0
 
 
 def test_the_last_batch_of_an_epoch_is_smaller(sources: dict[str, TrainingSource]) -> None:
