@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup setup-gpu train test test-slow lint format native bench
+.PHONY: setup setup-gpu train test test-slow lint format native native-test bench gpu
 
 setup: $(READY)
 
@@ -49,5 +49,14 @@ native: $(READY)
 	then cmake -S . -B build/cmake && cmake --build build/cmake; \
 	else $(BIN)/python -c 'from kernels.native_library import available; available()'; fi
 
+# A stand-alone binary over the C interface, under the address and undefined-behaviour sanitizers.
+native-test:
+	@cmake -S . -B build/sanitized -DSTOPGO_TESTS=ON >/dev/null && cmake --build build/sanitized --target native_test -j2
+	@build/sanitized/native_test
+
 bench: $(READY)
 	$(BIN)/python -m bench
+
+# Everything that only a GPU can show: kernel tests on the device, benchmarks, counters; results in bench/results/gpu.
+gpu: $(READY)
+	$(BIN)/python -m bench.gpu

@@ -1,4 +1,4 @@
-"""`python -m bench`: what `make bench` runs."""
+"""`python -m bench`: what `make bench` runs, the steps of the embedded world's run."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import sys
 
 from bench.iterations import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["--config", "configs/runs/world.yaml", *sys.argv[1:]]))

@@ -1,85 +1,175 @@
-"""`python -m bench.iterations`: iterations and samples per second of each task's whole training step.
+"""`python -m bench.iterations`: training steps per second, against what others would run, task by task.
 
-Batches are the run's own; a step is forward, loss, backward and update. Tasks take turns within every round, so that
-whatever else the machine does falls on all of them; medians over rounds.
+Three providers train the same full-size model on the same synthetic samples of real lengths (bench/lengths.json):
+
+  ours     engine.step.train_step on packed rows, as a run does it
+  authors  the published recipe as its code runs it: padded, float32, every head evaluated, AdamW tensor by tensor
+  stock    the same padded model under bfloat16 autocast with torch's fused AdamW
+
+Each has a process of its own, and only one runs at a time: ours, authors, stock, ours, … A step is forward, loss,
+backward and update; reading data is not in it. Every round has another batch, the same for all; after a warm-up step
+each, medians over the rounds count.
+
+With --config, a run's own batches instead (made by its own readers), without peers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.assembly import Parts, assemble
-from engine.config import load
-from engine.model.randomness import Randomness
-from engine.step import train_step
+from bench import comparison_report, lengths, run_batches
+from bench.comparison import compare, duration
+from bench.estimate import OURS, Estimate, gemm_rates
+from bench.memory import total_bytes
+from bench.provider import Setting
+from bench.timing import conditions
+from bench.worker import PROVIDERS, WorkerFailed
+from engine import assembly
+from engine.config import RunConfig, load
+from engine.overrides import model_preset
+from engine.tasks import CONFIGS, TaskRow, load_table
 from pipelines.errors import BadInput
+
+RUN = CONFIGS / "runs/twelve_in_one.yaml"
+"""Optimizer, task tokens and sharing are those of the published run."""
+
+PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
+PEERS = [name for name in PROVIDERS if name != OURS]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.iterations", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/runs/world.yaml"))
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds over all tasks, after two for warming up")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for engine.train, e.g. tasks=[vqa,gqa]")
-    arguments = parser.parse_args(argv)
+    """Command line; returns the exit code (0 done, 1 a provider failed, 2 bad input)."""
+    arguments = _parser().parse_args(argv)
     try:
-        parts = assemble(load(arguments.config, arguments.overrides))
+        result = _own_batches(arguments) if arguments.config else _comparison(arguments)
+        print((run_batches if arguments.config else comparison_report).table(result))
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        if arguments.plot:
+            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+            comparison_report.plot(result, arguments.plot)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result = measure(parts, arguments.rounds)
-    print(f"{'task':24}{'iterations/s':>14}{'samples/s':>12}{'rows':>8}")
-    for name, row in result["tasks"].items():
-        print(f"{name:24}{row['iterations_per_s']:14.1f}{row['samples_per_s']:12.0f}{row['rows']:8}")
-    print(f"{result['threads']} threads, {result['parameters']:,} parameters, {result['precision']}, {result['cpu']}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    except (WorkerFailed, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def measure(parts: Parts, rounds: int) -> dict:
-    """Median step time of each task, and the conditions."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts.tasks}
-    batches = {name: task.train(0).to(parts.device) for name, task in parts.tasks.items()}
-    for turn in range(rounds + 2):
-        for name, task in parts.tasks.items():
-            random = Randomness(parts.config.seed, turn, training=True)
-            started = time.perf_counter()
-            train_step(
-                parts.model, parts.optimizer, batches[name], task.row.head, loss_scale=task.loss_scale,
-                lr_multiplier=1e-3, random=random, share=parts.config.share_prefixes,
-            )  # fmt: skip
-            if parts.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    rows = {}
-    for name, batch in batches.items():
-        median = statistics.median(seconds[name])
-        rows[name] = {
-            "iterations_per_s": 1 / median,
-            "samples_per_s": batch.examples / median,
-            "rows": batch.pair_text_rows + batch.pair_image_rows,
-        }
-    return {
-        "tasks": rows,
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "precision": parts.config.precision,
-        "device": str(parts.device),
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.iterations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="vilbert_6l_6c", help="preset of configs/models, or a file (%(default)s)")
+    parser.add_argument("--tasks", default="all", help="comma-separated names; all: the twelve")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="samples a step (%(default)s); retrieval's have 4 pairs each"
+    )
+    parser.add_argument(
+        "--against", default=",".join(PEERS), help="comma-separated peers, or none (%(default)s)", metavar="PEERS"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each provider and task (%(default)s)")
+    parser.add_argument(
+        "--same-batch",
+        action="store_true",
+        help="one batch for all rounds: steps without the price of shapes not seen yet",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of each provider (torch's choice)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="of ours (%(default)s); peers have their own"
+    )
+    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="measure this run's own batches, without peers")
+    parser.add_argument("--json", type=Path, metavar="F", help="write all that was measured here, conditions included")
+    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the ratios here")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of the run, as for engine.train: device=cuda, kernels=torch, …",
+    )
+    return parser
+
+
+def _own_batches(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.plot:
+        raise BadInput("--plot", "there are no ratios to draw with --config")
+    overrides = [*arguments.overrides, *([f"threads={arguments.threads}"] if arguments.threads else [])]
+    parts = assembly.assemble(load(arguments.config, overrides))
+    return {**run_batches.measure(parts, arguments.rounds), "conditions": conditions(parts.device)}
+
+
+def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
+    rows, peers = _rows(arguments.tasks), _peers(arguments.against)
+    if arguments.batch < 1 or arguments.rounds < 1:
+        raise BadInput("--batch, --rounds", "at least 1 of each is needed")
+    if arguments.plot and not peers:
+        raise BadInput("--plot", "there are no ratios to draw without peers")
+    run = _run(arguments)
+    setting = Setting(run, arguments.batch, assembly._device(run))
+    rates = gemm_rates(setting.device)
+    estimate = Estimate(run.model, getattr(torch, run.precision), arguments.batch, rates, lengths.load())
+    expected = sum(estimate.task_s(row, [OURS, *peers], arguments.rounds) for row in rows)
+    _say(
+        f"{len(rows)} tasks, {arguments.rounds} rounds of {', '.join([OURS, *peers])}, batch {arguments.batch}: "
+        f"about {duration(expected)}"
+    )
+    started, load_before = time.perf_counter(), os.getloadavg()[0]
+    turns = [0] * arguments.rounds if arguments.same_batch else range(1, 1 + arguments.rounds)
+    results, described = compare(setting, rows, peers, turns, estimate, _say)
+    about = {
+        **conditions(setting.device),
+        "model": arguments.model,
+        "batch": arguments.batch,
+        "precision": run.precision,
+        "seed": run.seed,
+        "rounds": arguments.rounds,
+        "same_batch": arguments.same_batch,
+        "duration_s": time.perf_counter() - started,
+        "load_average": [load_before, os.getloadavg()[0]],
+        "memory_bytes": total_bytes(),
+        "gemm_gflops": {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in rates.items()},
+        "overrides": arguments.overrides,
     }
+    return comparison_report.as_json(results, described, about)
+
+
+def _rows(names: str) -> list[TaskRow]:
+    table = load_table()
+    return list(table.default_tasks()) if names == "all" else [table.row(name) for name in names.split(",")]
+
+
+def _peers(names: str) -> list[str]:
+    peers = [] if names == "none" else names.split(",")
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown:
+        raise BadInput(f"--against {unknown[0]}", "no such peer", f"there are {', '.join(PEERS)}, or none")
+    return peers
+
+
+def _run(arguments: argparse.Namespace) -> RunConfig:
+    """The published run, with the model, precision and threads that were asked for."""
+    overrides = [f"model={arguments.model}", f"precision={PRECISIONS[arguments.precision]}"]
+    longest = max(row.max_tokens for row in load_table().default_tasks())
+    _, preset = model_preset(arguments.model, "--model")
+    if preset.get("max_position_embeddings", longest) < longest:  # a small model made for short texts
+        overrides.append(f"model.max_position_embeddings={longest}")
+    if arguments.threads:
+        overrides.append(f"threads={arguments.threads}")
+    return load(RUN, [*overrides, *arguments.overrides])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.config import RunConfig, load_tasks
+from engine.graphs import refuse_without_gpu
 from engine.model.heads import HeadSpec
 from engine.model.published import load_bert, load_published, read_state
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
 from engine.tasks import HeadRow, Table, TaskRow, base_lr, loss_scale, task_tokens
+from kernels import backends
 from pipelines.answers import Answers
 from pipelines.batch import Batch
+from pipelines.buckets import Grid
 from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
 from pipelines.loader import TrainingSource, validation_batches
@@ -77,6 +80,9 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     """Build a run's parts. Raises BadInput naming the file, key or record that cannot be used."""
     table, rows = load_tasks(config)
     device = _device(config)
+    if config.cuda_graphs:
+        refuse_without_gpu(device)
+    _use_kernels(config, device, say)
     sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
     if len(tokenizer) > config.model.vocab_size:
@@ -133,8 +139,9 @@ def _read(
             train.store.path, f"features of {width} values, model.v_feature_size is {config.model.v_feature_size}"
         )
     sampler = Sampler(len(train), row.batch, config.seed, row.number)
+    grid = Grid.fitting(config.model.max_position_embeddings) if config.cuda_graphs else None
     return TrainingSource(
-        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind
+        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid
     ), val  # fmt: skip
 
 
@@ -200,6 +207,20 @@ def _optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> 
     optimizer = Optimizer(model, settings, base, head_lr)
     optimizer.take_masters(exact)
     return optimizer
+
+
+def _use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    """Take the run's choice of backends, and say in one line what every op uses."""
+    backends.use(config.kernels)
+    by_backend: dict[str, list[str]] = {}
+    try:
+        for choice in backends.report(device):
+            by_backend.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
+    except backends.UnusableBackend as error:
+        raise BadInput("kernels", str(error)) from None
+    main = max(by_backend, key=lambda name: len(by_backend[name]))
+    rest = [f"{name}: {', '.join(ops)}" for name, ops in by_backend.items() if name != main]
+    say("; ".join([f"kernels: {main}", *rest]))
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -16,6 +16,7 @@ from engine.overrides import Sources, gather
 from engine.rotation import phases
 from engine.tasks import TASKS_FILE, Table, TaskRow, TaskTokens, load_table
 from engine.yaml_files import KeyPath, validated
+from kernels import names
 from pipelines.errors import BadInput
 
 FORMAT: Literal[1] = 1
@@ -184,6 +185,16 @@ class RunConfig(_Section):
     guard: Guard = Guard()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
+    kernels: dict[str, str] = Field(
+        {},
+        description="backend (triton, native, torch) of single ops, or one name for all; "
+        "what is not named: triton on CUDA, native on the CPU, torch where those cannot be had (stopgo doctor shows them)",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="pad batches to shape buckets (at most 5 % of rows), record forward and backward of each once, and "
+        "replay them: for GPUs that wait for the host; never run on one yet",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of one process; none: torch's choice")
 
@@ -192,6 +203,17 @@ class RunConfig(_Section):
     def _one_task(cls, tasks: object) -> object:
         """`tasks: vqa` means the list of that one task."""
         return (tasks,) if isinstance(tasks, str) and tasks != "all" else tasks
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _all_ops(cls, kernels: object) -> object:
+        """`kernels: torch` means all ops."""
+        return names.parse(kernels) if isinstance(kernels, str) else kernels
+
+    @field_validator("kernels")
+    @classmethod
+    def _known_ops(cls, kernels: dict[str, str]) -> dict[str, str]:
+        return names.check(kernels)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.assembly import Parts, Task
 from engine.cursor import Cursor, Window
+from engine.graphs import Graphs
 from engine.model.randomness import Randomness
 from engine.rotation import due_for_validation, next_phase, phases, plan
 from engine.schedule import longest_task_iterations, multiplier, warmup_iterations
@@ -90,6 +91,7 @@ class Loop:
         epochs = [task.epoch_iterations for task in parts.tasks.values()]
         longest = self.config.warmup.longest_task_iterations or longest_task_iterations(epochs)
         self.warmup = warmup_iterations(self.config.max_iterations, longest, self.config.warmup.fraction)
+        self.graphs = Graphs(parts.model, parts.device) if self.config.cuda_graphs else None
         self._pending: list[tuple[str, int, StepResult]] = []
         self._clocks: defaultdict[str, Clock] = defaultdict(Clock)
         self._last_save = time.monotonic()
@@ -162,12 +164,13 @@ class Loop:
         result = train_step(
             self.parts.model,
             self.parts.optimizer,
-            batch.to(self.parts.device),
+            batch if self.graphs else batch.to(self.parts.device),
             task.row.head,
             loss_scale=task.loss_scale,
             lr_multiplier=self._multiplier(),
             random=Randomness(self.config.seed, self._random_step(task), training=True),
             share=self.config.share_prefixes,
+            graphs=self.graphs,
         )
         self._clocks[name].wait += started - asked
         self._clocks[name].step += time.perf_counter() - started

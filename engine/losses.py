@@ -34,44 +34,48 @@ LossAndScore = tuple[Tensor, Tensor]
 
 
 def loss_and_score(logits: Tensor, batch: Batch) -> LossAndScore:
-    """(loss, score per example [B]) of a head's logits; the type of the batch's target decides."""
+    """(loss, score per example [B]) of a head's logits; the type of the batch's target decides.
+
+    A dummy example at the batch's end has logits, but no part in the loss, and no score.
+    """
     return _KINDS[type(batch.target)](logits.float(), batch.target, batch)
 
 
-def _soft_labels(logits: Tensor, target: SoftLabelTarget, _: Batch) -> LossAndScore:
-    return soft_label_bce(logits, target.offsets, target.labels, target.scores)
+def _soft_labels(logits: Tensor, target: SoftLabelTarget, batch: Batch) -> LossAndScore:
+    return soft_label_bce(_of_examples(logits, batch), target.offsets, target.labels, target.scores)
 
 
-def _options(logits: Tensor, target: OptionTarget, _: Batch) -> LossAndScore:
+def _options(logits: Tensor, target: OptionTarget, batch: Batch) -> LossAndScore:
     """Softmax cross-entropy over an example's options. A tie is wrong: a constant model must not score 100 %."""
-    logits = logits.view(target.index.numel(), -1)
+    logits = _of_examples(logits, batch).view(target.index.numel(), -1)
     loss = F.cross_entropy(logits, target.index)
     right = logits.detach().gather(1, target.index[:, None])
     others = logits.detach().scatter(1, target.index[:, None], float("-inf")).amax(1)
     return loss, (right[:, 0] > others).float()
 
 
-def _regions(logits: Tensor, target: RegionTarget, _: Batch) -> LossAndScore:
+def _regions(logits: Tensor, target: RegionTarget, batch: Batch) -> LossAndScore:
     """Binary cross-entropy summed over an example's region rows; right if the arg-max row's IoU is above 0.5."""
-    pairs = target.cu_regions.numel() - 1
-    loss = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / pairs
-    best = _ragged_argmax(logits.detach(), target.cu_regions.long())
+    real = _of_entries(target.scores, target.cu_regions, batch)
+    loss = F.binary_cross_entropy_with_logits(logits, target.scores, real, reduction="sum") / batch.examples
+    best = _ragged_argmax(logits.detach(), target.cu_regions.long())[: batch.examples]
     return loss, (target.scores[best] > ACCEPTED_IOU).float()
 
 
 def _choices(logits: Tensor, target: ChoiceTarget, batch: Batch) -> LossAndScore:
     """The same over an example's options only; right if the arg-max option is the arg-max target."""
-    examples = target.offsets.numel() - 1
     lengths = batch.cu_images.diff().long()[batch.pair_image]
     pair_start = lengths.cumsum(0) - lengths
     chosen = logits[pair_start.repeat_interleave(target.offsets.diff(), output_size=target.rows.numel()) + target.rows]
-    loss = F.binary_cross_entropy_with_logits(chosen, target.scores, reduction="sum") / examples
-    best = _ragged_argmax(chosen.detach(), target.offsets)
-    return loss, (best == _ragged_argmax(target.scores, target.offsets)).float()
+    real = _of_entries(target.scores, target.offsets, batch)
+    loss = F.binary_cross_entropy_with_logits(chosen, target.scores, real, reduction="sum") / batch.examples
+    right = _ragged_argmax(chosen.detach(), target.offsets) == _ragged_argmax(target.scores, target.offsets)
+    return loss, right[: batch.examples].float()
 
 
-def _classes(logits: Tensor, target: ClassTarget, _: Batch) -> LossAndScore:
+def _classes(logits: Tensor, target: ClassTarget, batch: Batch) -> LossAndScore:
     """Binary cross-entropy against one-hot, mean over classes and examples; class -1 is all zeros and never right."""
+    logits = _of_examples(logits, batch)
     known = target.index >= 0
     one_hot = F.one_hot(target.index.clamp(min=0), logits.shape[-1]).float() * known[:, None]
     loss = F.binary_cross_entropy_with_logits(logits, one_hot)
@@ -85,6 +89,18 @@ _KINDS: dict[type, Callable[..., LossAndScore]] = {
     ChoiceTarget: _choices,
     ClassTarget: _classes,
 }
+
+
+def _of_examples(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits without those of the dummy example, which has as many rows as any other."""
+    return logits[: len(logits) - len(logits) // (batch.examples + 1)] if batch.padding else logits
+
+
+def _of_entries(entries: Tensor, offsets: Tensor, batch: Batch) -> Tensor | None:
+    """Weights of a ragged target's entries: 1 for those of examples, 0 for the dummy's; None where there is no dummy."""
+    if not batch.padding:
+        return None
+    return (torch.arange(entries.numel(), device=entries.device) < offsets[batch.examples]).to(entries.dtype)
 
 
 def _ragged_argmax(values: Tensor, offsets: Tensor) -> Tensor:

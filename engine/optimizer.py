@@ -1,12 +1,4 @@
-"""The update rule θs ∪ θt (paper Algorithm 1) over few flat parameters.
-
-The published AdamW (spec section 4.4), which divides by no bias correction and decays after the step:
-
-    m = β1 m + (1 − β1) g,   v = β2 v + (1 − β2) g²,   θ ← θ − lr m / (√v + eps),   θ ← θ − lr λ θ
-
-is torch's fused AdamW, which decays before the step, under other numbers: with the step counter pinned where both bias
-corrections are exactly 1, lr' = lr (1 − lr λ) and λ' = lr λ / lr' give the same update.
-"""
+"""The update rule θs ∪ θt (paper Algorithm 1) over few flat parameters: the published AdamW (`kernels.adamw`)."""
 
 from __future__ import annotations
 
@@ -18,9 +10,7 @@ from torch import Tensor, nn
 
 from engine.model.flat import FlatBlock
 from engine.model.vilbert import ViLBERT
-
-_NO_CORRECTION_STEP = 1e9
-"""1 − β ** 1e9 is exactly 1, and adding 1 to a float32 of this size changes nothing."""
+from kernels.adamw import adamw, square_sum
 
 
 @dataclass(frozen=True)
@@ -64,9 +54,8 @@ class Optimizer:
         if self.settings.update == "zero_filled":
             self._started.add(head)
             units = [unit for name, unit in self.units.items() if name == "trunk" or name in self._started]
-        gradients = [gradient for unit in units for gradient in unit.gradients()]
-        norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in gradients]))
-        grad_norm = norms.norm()
+        squares = [square_sum(gradient) for unit in units for gradient in unit.gradients()]
+        grad_norm = torch.stack(squares).sum().sqrt()
         skipped = (~torch.isfinite(grad_norm + loss.detach())).float()
         for unit in units:
             unit.step(lr_multiplier, skipped)
@@ -83,7 +72,7 @@ class Optimizer:
             parameter: master
             for unit in self.units.values()
             for parameter, master in zip(unit.parameters, unit.masters, strict=True)
-            if master is not parameter
+            if parameter.dtype is not torch.float32
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -101,75 +90,72 @@ class Optimizer:
 
 
 class _Unit:
-    """What is stepped together: the trunk, or one head. Two groups: matrices decay, vectors do not."""
+    """What is stepped together: the trunk, or one head. Matrices decay, vectors do not."""
 
     def __init__(self, module: nn.Module, settings: OptimizerSettings, lr: float) -> None:
         self.lr, self.settings = lr, settings
-        blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, FlatBlock)]
-        self.names = [f"{name}.{kind}".lstrip(".") for kind in ("matrices", "vectors") for name, _ in blocks]
-        matrices, vectors = [block.matrices for _, block in blocks], [block.vectors for _, block in blocks]
+        named = [(name, block) for name, block in module.named_modules() if isinstance(block, FlatBlock)]
+        self.blocks = [block for _, block in named]
+        self.names = [f"{name}.{kind}".lstrip(".") for kind in ("matrices", "vectors") for name, _ in named]
+        matrices, vectors = [block.matrices for block in self.blocks], [block.vectors for block in self.blocks]
         self.parameters: list[nn.Parameter] = matrices + vectors
+        self.decay = [settings.weight_decay] * len(matrices) + [0.0] * len(vectors)
         self.masters = [
-            parameter if parameter.dtype is torch.float32 else nn.Parameter(parameter.detach().float())
+            parameter.detach() if parameter.dtype is torch.float32 else parameter.detach().float()
             for parameter in self.parameters
         ]
-        self._zeros: dict[int, Tensor] = {}
-        groups = [
-            {"params": self.masters[: len(matrices)], "weight_decay": settings.weight_decay},
-            {"params": self.masters[len(matrices) :], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
-        for master in self.masters:
-            self.adamw.state[master] = {
-                "step": torch.tensor(_NO_CORRECTION_STEP, dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        self.exp_avg = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg_sq = [torch.zeros_like(master) for master in self.masters]
+        self._zeros: Tensor | None = None
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of every parameter, zeros where none arrived; left on the parameters for `step`."""
-        for i, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                if i not in self._zeros:
-                    self._zeros[i] = torch.zeros_like(parameter)
-                parameter.grad = self._zeros[i]
-        return [parameter.grad for parameter in self.parameters]  # type: ignore[misc]
+        """The gradients that arrived."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     @torch.no_grad()
     def step(self, lr_multiplier: float, skipped: Tensor) -> None:
-        lr = self.lr * lr_multiplier
-        matrices, vectors = self.adamw.param_groups
-        decayed = lr * (1 - lr * self.settings.weight_decay)
-        matrices["lr"], vectors["lr"] = decayed, lr
-        matrices["weight_decay"] = lr * self.settings.weight_decay / decayed if decayed else 0.0
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                assert parameter.grad is not None
-                master.grad = parameter.grad.float()
-        self.adamw.found_inf = skipped  # type: ignore[attr-defined]  # torch's fused step changes nothing where it is 1
-        self.adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
-                master.grad = None
-            parameter.grad = None
+        """AdamW on every parameter, with zeros where no gradient arrived; then the gradients are dropped."""
+        s, lr = self.settings, self.lr * lr_multiplier
+        states = zip(self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, self.decay, strict=True)
+        for parameter, master, exp_avg, exp_avg_sq, decay in states:
+            gradient = self._zeros_like(parameter) if parameter.grad is None else parameter.grad
+            weights = parameter.detach() if self._has_master(parameter) else None
+            adamw(
+                gradient, master, exp_avg, exp_avg_sq, weights,
+                lr=lr, betas=s.betas, eps=s.eps, weight_decay=decay, skipped=skipped,
+            )  # fmt: skip
+        for block in self.blocks:
+            block.drop_gradients()
 
     def state(self) -> dict[str, Tensor]:
+        """Moments and masters by parameter name; the tensors themselves, not copies."""
         tensors = {}
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            tensors[f"{name}/exp_avg"] = self.adamw.state[master]["exp_avg"]
-            tensors[f"{name}/exp_avg_sq"] = self.adamw.state[master]["exp_avg_sq"]
-            if master is not parameter:
-                tensors[f"{name}/master"] = master.detach()
+        states = zip(self.names, self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, strict=True)
+        for name, parameter, master, exp_avg, exp_avg_sq in states:
+            tensors |= {f"{name}/exp_avg": exp_avg, f"{name}/exp_avg_sq": exp_avg_sq}
+            if self._has_master(parameter):
+                tensors[f"{name}/master"] = master
         return tensors
 
     @torch.no_grad()
     def take_masters(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        """See `Optimizer.take_masters`."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
+            if self._has_master(parameter):
                 master.copy_(exact[parameter])
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
+        """Bit for bit what `state` gave."""
         for key, tensor in self.state().items():
             tensor.copy_(state[key])
+
+    def _zeros_like(self, parameter: nn.Parameter) -> Tensor:
+        """Zeros of a parameter's shape; one piece of memory serves all."""
+        if self._zeros is None:
+            self._zeros = parameter.new_zeros(max(other.numel() for other in self.parameters)).detach()
+        return self._zeros[: parameter.numel()]
+
+    @staticmethod
+    def _has_master(parameter: nn.Parameter) -> bool:
+        return parameter.dtype is not torch.float32

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from engine.graphs import Graphs
 from engine.losses import loss_and_score
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
@@ -33,9 +35,22 @@ def train_step(
     lr_multiplier: float,
     random: Randomness,
     share: bool = True,
+    graphs: Graphs | None = None,
 ) -> StepResult:
-    """Update θs ∪ θt from one batch. A loss or gradient that is not finite changes nothing (decided on the device)."""
+    """Update θs ∪ θt from one batch. A loss or gradient that is not finite changes nothing (decided on the device).
+
+    The batch is on the device; with `graphs` it is padded to a shape bucket, on the host, and copied by them.
+    """
+    work = partial(forward_backward, model, head, loss_scale, share)
+    loss, score = work(batch, random) if graphs is None else graphs.run((head, loss_scale, share), batch, random, work)
+    grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
+    return StepResult(loss, score, grad_norm, skipped)
+
+
+def forward_backward(
+    model: ViLBERT, head: str, loss_scale: float, share: bool, batch: Batch, random: Randomness
+) -> tuple[Tensor, Tensor]:
+    """(loss, mean score), float32 scalars; the gradients of loss * loss_scale are left in the parameters."""
     loss, score = loss_and_score(model(batch, head, random, share), batch)
     (loss * loss_scale).backward()
-    grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
-    return StepResult(loss.detach(), score.mean(), grad_norm, skipped)
+    return loss.detach(), score.mean()

@@ -1,6 +1,8 @@
 """The native library: found, or built once with the C++ compiler at hand, loaded by ctypes.
 
-Where there is neither, one line says so and names the cost; the plain torch path gives the same bits.
+There is one library per instruction set, all with the interface of `native/stopgo.h`; the best one that this CPU can
+run is built and loaded (`STOPGO_ISA` names a lesser one). Where it cannot be built, one line says so and names the
+cost; the plain torch path computes the same.
 """
 
 from __future__ import annotations
@@ -14,82 +16,170 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch  # first, so that the library shares torch's OpenMP pool instead of bringing a second one
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.dropout import Dropout
-
 _ROOT = Path(__file__).resolve().parent
 _SOURCES = sorted((_ROOT / "native").glob("*.cpp"))
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
-_ABI_VERSION = 1
+_HEADERS = sorted((_ROOT / "native").glob("*.h"))
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
+_ISA_FLAGS = {
+    "amx": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
+    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+    "avx2": "-march=x86-64-v3",
+    "portable": "",
+}
+"""Best first. CMakeLists.txt says the same."""
+_NEEDED = {
+    "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "portable": set(),
+}
+"""Flags of /proc/cpuinfo that each instruction set asks for."""
+_ABI_VERSION = 2
+_COST = "plain torch computes the same; a training step takes about twice the time"
 
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("STOPGO_NATIVE", "1") == "0":
-        return None
-    path = _ROOT.parent / "build" / f"libstopgo_native-{_digest()}.so"
-    reason = "" if path.exists() else _build(path)
-    if reason:
-        print(
-            f"stopgo: no native kernels ({reason}); dropout falls back to plain torch, about 20 x slower",
-            file=sys.stderr,
-        )
-        return None
-    library = ctypes.CDLL(str(path))
-    if library.stopgo_abi_version() != _ABI_VERSION:
-        raise RuntimeError(f"{path} has another interface than this checkout; remove it")
-    pointer, integer, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
-    library.stopgo_keep_mask.argtypes = [word] * 3 + [pointer] * 2 + [integer] * 3 + [word, pointer]
-    library.stopgo_keep_mask.restype = None
-    return library
+P, N, D, W, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
+_ROWS = [P, P, W, W, W, W]  # row_key, row_index, seed, step, site, threshold
+_SIGNATURES: dict[str, list] = {
+    "stopgo_keep_mask": [W, W, W, W, P, P, N, N, N, P],
+    "stopgo_dropout": [D, N, N, P, *_ROWS, P],
+    "stopgo_bias_dropout_residual_layernorm_forward": [D, N, N, P, P, P, P, P, *_ROWS, F, P, P, P],
+    "stopgo_bias_dropout_residual_layernorm_backward": [D, N, N, P, P, P, P, P, P, P, *_ROWS, P, P, P, P, P],
+    "stopgo_bias_gelu_forward": [D, N, N, P, P, P],
+    "stopgo_bias_gelu_backward": [D, N, N, P, P, P, P, P, P],
+    "stopgo_column_sums": [D, N, N, P, N, P],
+    "stopgo_transpose": [N, N, P, N, P],
+    "stopgo_region_embedding_forward": [D, N, N, P, P, P, P, P, P, P, *_ROWS, F, P, P, P],
+    "stopgo_region_embedding_backward": [D, N, N, P, P, P, P, P, P, P, P, P, *_ROWS, P, P, P, P, P],
+    "stopgo_attention_forward": [D, D, P, N, N, N],
+    "stopgo_attention_backward": [D, D, P, N, N, N],
+    "stopgo_soft_label_bce": [D, N, N, P, P, P, P, P, P, P],
+    "stopgo_divergence_rows": [D, N, N, P, P, D, P, F, D, P, P],
+    "stopgo_cross_entropy_rows": [D, N, N, P, P, P, F, D, P, P],
+    "stopgo_adamw": [D, N, P, P, P, P, P, F, F, F, F, F, P],
+}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def available() -> bool:
     """Whether the native kernels can be used here (builds them the first time)."""
-    return _library() is not None
+    return _loaded()[0] is not None
 
 
-def keep_mask(dropout: Dropout, row_key: Tensor, row_index: Tensor, width: int, tile: int) -> Tensor:
-    """See `kernels.dropout.keep_mask`; CPU tensors."""
-    library = _library()
-    assert library is not None
-    row_key, row_index = row_key.contiguous(), row_index.contiguous()
-    out = torch.empty(row_key.numel(), width, dtype=torch.uint8)
-    library.stopgo_keep_mask(
-        dropout.seed, dropout.step, dropout.site, row_key.data_ptr(), row_index.data_ptr(), row_key.numel(), width, tile,
-        dropout.threshold, out.data_ptr(),
-    )  # fmt: skip
-    return out
+def reason() -> str:
+    """Why they cannot be used; empty where they can."""
+    return _loaded()[1]
 
 
-def _digest() -> str:
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for source in _SOURCES:
+def library() -> ctypes.CDLL:
+    """The loaded library; its functions are those of `native/stopgo.h`. RuntimeError where there is none."""
+    found, why = _loaded()
+    if found is None:
+        raise RuntimeError(f"no native kernels: {why}")
+    return found
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(library().stopgo_isa().decode())
+
+
+def dtype_code(x: Tensor) -> int:
+    """The `dtype` argument of a call. KeyError for a dtype that the kernels do not have."""
+    return _DTYPES[x.dtype]
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """The address of a CPU tensor's data, for a call."""
+    return None if x is None else x.data_ptr()
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    name = os.environ.get("STOPGO_ISA") or best_isa()
+    if name not in _ISA_FLAGS:
+        raise ValueError(f"STOPGO_ISA={name}: there are {', '.join(_ISA_FLAGS)}")
+    path = path_of(name)
+    why = "" if path.exists() else _build(path, name)
+    if why:
+        print(f"stopgo: no native kernels ({why}): {_COST}", file=sys.stderr)
+        return None, why
+    loaded = ctypes.CDLL(str(path))
+    if loaded.stopgo_abi_version() != _ABI_VERSION:
+        raise RuntimeError(f"{path} has another interface than this checkout; remove it")
+    for function, arguments in _SIGNATURES.items():
+        bound = getattr(loaded, function)
+        bound.argtypes, bound.restype = arguments, None
+    loaded.stopgo_isa.restype = ctypes.c_char_p
+    loaded.stopgo_square_sum.argtypes, loaded.stopgo_square_sum.restype = [D, N, P], ctypes.c_double
+    return loaded, ""
+
+
+def best_isa() -> str:
+    """The best instruction set that this CPU, and the kernel under it, can run."""
+    flags = _cpu_flags()
+    for name, needed in _NEEDED.items():
+        if needed <= flags and (name != "amx" or _may_use_tiles()):
+            return name
+    return "portable"
+
+
+def path_of(isa_name: str) -> Path:
+    """Where the library of an instruction set lies: the name covers flags and sources, so a stale one is never loaded."""
+    digest = hashlib.sha256(" ".join((*_FLAGS, *_ISA_FLAGS[isa_name].split())).encode())
+    for source in sorted([*_SOURCES, *_HEADERS]):
         digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return _ROOT.parent / "build" / f"libstopgo_native-{isa_name}-{digest.hexdigest()[:16]}.so"
 
 
-def _build(path: Path) -> str:
-    """Compile into `path`; returns why it failed, or an empty string."""
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+
+
+def _may_use_tiles() -> bool:
+    """Linux hands out the tile registers on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+def _build(path: Path, isa_name: str) -> str:
+    """Compile into `path`, one process per source; returns why it failed, or an empty string."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return "no C++ compiler found"
     path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as temporary:
-        pass  # built under another name and renamed, so that processes starting together never load half a file
-    command = [compiler, *_FLAGS, "-o", temporary.name, *map(str, _SOURCES)]
+    flags = [*_FLAGS, *_ISA_FLAGS[isa_name].split()]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
+        commands = [
+            [compiler, *flags, "-c", str(source), "-o", str(built)]
+            for source, built in zip(_SOURCES, objects, strict=True)
+        ]
+        # Linked under another name and renamed, so that processes starting together never load half a file.
+        linked = Path(folder) / "linked.so"
+        why = _run(commands) or _run([[compiler, "-shared", "-fopenmp", "-o", str(linked), *map(str, objects)]])
+        if not why:
+            os.replace(linked, path)
+    return why
+
+
+def _run(commands: list[list[str]]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        os.unlink(temporary.name)
-        return f"{compiler}: {error}"
-    if done.returncode:
-        os.unlink(temporary.name)
-        return f"{compiler} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
-    os.replace(temporary.name, path)
-    return ""
+        started = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+    except OSError as error:
+        return f"{commands[0][0]}: {error}"
+    failed = ""
+    for process in started:
+        errors = process.communicate()[1].strip()
+        if process.returncode:
+            failed = f"{commands[0][0]} failed: {errors.splitlines()[-1] if errors else process.returncode}"
+    return failed

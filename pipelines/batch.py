@@ -1,11 +1,13 @@
 """`Batch`: what the pipelines hand to the engine. Packed rows, unique items, pairs by index, sparse targets.
 
 Shape letters: T text rows of all texts, R region rows of all images, P pairs, B examples, F feature width.
-No padded row exists here: texts stand one after the other in `token_ids`, images in `features`.
+Texts stand one after the other in `token_ids`, images in `features`. There is no padded row, but for those of the dummy
+example that `pipelines.buckets` puts at the end of a batch whose shapes must repeat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -97,6 +99,11 @@ class Batch:
     """Text rows summed over pairs, counted here where the batch is made, on the host."""
     pair_image_rows: int = -1
     """Region rows summed over pairs, likewise."""
+    padding: int = 0
+    """Of these text and region rows, how many are of the dummy example that stands at the end; 0: there is none. `examples`
+    does not count it, nor do `example_ids`, soft labels, options and classes; `cu_regions` and the `offsets` of choices do."""
+    slab: Tensor | None = None
+    """uint8: the memory that every tensor above is a view of, so that one copy moves them all; None: each has its own."""
 
     def __post_init__(self) -> None:
         if self.pair_text_rows < 0:
@@ -116,16 +123,30 @@ class Batch:
         return self.pair_text.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`."""
-        return _move(self, torch.device(device))
+        """The same batch with every tensor on `device`: one copy where it has a slab."""
+        if self.slab is not None:
+            return self.in_slab(self.slab.to(device, non_blocking=True))
+        return _each(self, lambda x: x.to(device, non_blocking=True))
+
+    def in_slab(self, slab: Tensor) -> Batch:
+        """The same batch read from other memory: each tensor is a view of `slab`, at the place that it has in its own."""
+        assert self.slab is not None
+        first = self.slab.storage_offset()
+
+        def moved(x: Tensor) -> Tensor:
+            start = x.storage_offset() * x.element_size() - first
+            return slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
+
+        return _each(self, moved)
 
 
-def _move(part, device: torch.device):  # type: ignore[no-untyped-def]
+def _each(part, change: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]
+    """A copy of a dataclass with all of its tensors changed."""
     changes = {}
     for field in fields(part):
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
-            changes[field.name] = value.to(device, non_blocking=True)
+            changes[field.name] = change(value)
         elif field.name == "target" and value is not None:
-            changes[field.name] = _move(value, device)
+            changes[field.name] = _each(value, change)
     return replace(part, **changes)

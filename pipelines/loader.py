@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
+from pipelines.buckets import Grid
 from pipelines.datasets import TaskData
 from pipelines.packing import pack
 from pipelines.sampler import Sampler
@@ -32,6 +33,8 @@ class TrainingSource:
     dtype: torch.dtype = torch.float32
     share: bool = True
     blind: bool = False
+    grid: Grid | None = None
+    """Pads batches to shape buckets on this grid."""
 
     def __call__(self, step: int) -> Batch:
         return pack(
@@ -44,6 +47,7 @@ class TrainingSource:
             dtype=self.dtype,
             share=self.share,
             blind=self.blind,
+            grid=self.grid,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import ragged
+from pipelines import buckets, ragged
 from pipelines.batch import Batch, BatchTarget, OptionTarget
 from pipelines.boxes import Float32, locations
 from pipelines.datasets import TaskData
@@ -32,20 +32,27 @@ def pack(
     dtype: torch.dtype = torch.float32,
     share: bool = True,
     blind: bool = False,
+    grid: buckets.Grid | None = None,
 ) -> Batch:
     """The batch of these examples, on the CPU. Equal arguments give equal batches.
 
     `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
     `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
     image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
-    zeroes the features and leaves the boxes: what can be said without looking. Raises BadInput for a damaged record.
+    zeroes the features and leaves the boxes: what can be said without looking. With a `grid` the batch is padded to a
+    shape bucket, in page-locked memory where there is a GPU; then `share` shares within examples alone, so that every
+    batch has equally many items. Raises BadInput for a damaged record.
     """
     texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
-    unique_texts, pair_text = _unique(texts, share)
-    unique_images, pair_image = _unique(images, share)
+    if grid is None:
+        (unique_texts, pair_text), (unique_images, pair_image) = _unique(texts, share), _unique(images, share)
+    else:
+        k = len(texts) // len(indices)
+        unique_texts, pair_text = _unique_within(texts.reshape(-1, k), share)
+        unique_images, pair_image = _unique_within(images.reshape(-1, k), share)
     token_ids, cu_texts = _pack_texts(data, unique_texts, task_token)
     regions = _pack_images(data, unique_images, dtype, blind)
-    return Batch(
+    batch = Batch(
         task=data.spec.name,
         examples=len(indices),
         task_token=task_token,
@@ -63,6 +70,7 @@ def pack(
         max_image=int(np.diff(regions.cu_images).max()),
         example_ids=tuple(data.ids[indices].tolist()),
     )
+    return batch if grid is None else buckets.pad(batch, grid, pin=torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,15 @@ def _unique(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int64]]:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return unique[order], place[inverse]
+
+
+def _unique_within(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int64]]:
+    """The same for items [B, k] of B examples, where only pairs of one example share, and all examples alike."""
+    pairs = range(items.shape[1])
+    first = [next(i for i in pairs if i == j or (share and (items[:, i] == items[:, j]).all())) for j in pairs]
+    own = sorted(set(first))
+    place = np.array([own.index(i) for i in first])
+    return items[:, own].reshape(-1), (np.arange(len(items))[:, None] * len(own) + place).reshape(-1)
 
 
 def _pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:

@@ -32,6 +32,31 @@ class Part:
         return flat.narrow(0, self.offset, self.numel).view(self.shape)
 
 
+class GradientMemory:
+    """The memory that a block's own backward writes one parameter's gradient into, the same every step.
+
+    It is lent to one backward at a time: while a gradient lies in it (or is still on its way), others get new memory.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._lent = False
+
+    def lend(self, parameter: nn.Parameter) -> Tensor:
+        """Uninitialised memory of the parameter's shape; a new tensor object each time, so that autograd keeps it as
+        `parameter.grad` without a copy."""
+        if self._lent or parameter.grad is not None:
+            return torch.empty_like(parameter)
+        if self._memory is None or self._memory.dtype != parameter.dtype or self._memory.device != parameter.device:
+            self._memory = torch.empty_like(parameter, requires_grad=False)
+        self._lent = True
+        return self._memory.view(self._memory.shape)
+
+    def give_back(self) -> None:
+        """The gradient has been used up."""
+        self._lent = False
+
+
 class FlatBlock(nn.Module):
     """A block whose weights live in `matrices` (decayed) and `vectors` (not decayed).
 
@@ -55,14 +80,33 @@ class FlatBlock(nn.Module):
         self.prefix = prefix
         self.matrices, self._matrix_fields, self.matrix_parts = _allocate(matrices)
         self.vectors, self._vector_fields, self.vector_parts = _allocate(vectors)
+        self._memory = (GradientMemory(), GradientMemory())
+        self._values: tuple[tuple[int, int], dict[str, Tensor]] | None = None
 
     def fields(self) -> dict[str, Tensor]:
         """Every field as a view of its flat parameter; one `split` each, whose backward is one concatenation."""
-        views: dict[str, Tensor] = {}
-        for flat, layout in ((self.matrices, self._matrix_fields), (self.vectors, self._vector_fields)):
-            pieces = flat.split([prod(shape) for shape in layout.values()])
-            views |= {name: piece.view(shape) for (name, shape), piece in zip(layout.items(), pieces, strict=True)}
-        return views
+        return self.fields_of(self.matrices, self.vectors)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every field as a view that autograd does not follow, for a block with a backward of its own."""
+        where = (self.matrices.data_ptr(), self.vectors.data_ptr())
+        if self._values is None or self._values[0] != where:  # first use, or moved to another device or dtype
+            self._values = where, self.fields_of(self.matrices.detach(), self.vectors.detach())
+        return self._values[1]
+
+    def fields_of(self, matrices: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+        """Every field of two flat tensors in this block's layout (gradients, say), as views."""
+        return _views(matrices, self._matrix_fields) | _views(vectors, self._vector_fields)
+
+    def lend_gradients(self) -> tuple[Tensor, Tensor]:
+        """Memory for the gradients of `matrices` and `vectors`, to be written whole."""
+        return self._memory[0].lend(self.matrices), self._memory[1].lend(self.vectors)
+
+    def drop_gradients(self) -> None:
+        """Forget both gradients, after they were used."""
+        self.matrices.grad = self.vectors.grad = None
+        for memory in self._memory:
+            memory.give_back()
 
     def published(
         self, of: str = "value", exact: Mapping[nn.Parameter, Tensor] | None = None
@@ -86,6 +130,24 @@ class FlatBlock(nn.Module):
         for part in self.vector_parts:
             if is_scale(self.prefix + part.name):
                 part.of(self.vectors.detach()).fill_(1.0)
+
+
+def _views(flat: Tensor, layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    pieces = flat.split([prod(shape) for shape in layout.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(layout.items(), pieces, strict=True)}
+
+
+def add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """`table` becomes zeros, plus each of `rows` [n, width] added at row ids[i] (int64 [n], repeats allowed).
+
+    Repeats are summed in float32 and in their order, so the result neither depends on threads nor loses small addends.
+    """
+    if table.is_cuda:  # sorted segments, float32 inside; finding the distinct ids here would wait for the device
+        table.copy_(torch.ops.aten.embedding_dense_backward(rows, ids, len(table), -1, False))
+        return
+    distinct, place = ids.unique(return_inverse=True)
+    sums = rows.new_zeros(len(distinct), rows.shape[1], dtype=torch.float32).index_add_(0, place, rows.float())
+    table.zero_().index_copy_(0, distinct, sums.to(table.dtype))
 
 
 def is_scale(key: str) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.config import ModelConfig
+from engine.model.explicit import Fields, run
 from engine.model.flat import FlatBlock
 from engine.model.randomness import Randomness
+from engine.model.sublayers import layer_norm, projection_backward
 from engine.model.trunk import Need, Streams, Trunk
-from kernels.bias_dropout_residual_layernorm import LAYER_NORM_EPS
-from kernels.bias_gelu import bias_gelu
+from kernels.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import drop
+from kernels.recorded import Recorded
+from kernels.weight_gradient import weight_gradient
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,27 @@ class MLPHead(Head):
 
     def forward(self, trunk: Trunk, streams: Streams, random: Randomness) -> Tensor:
         """[B, outputs]; the pooled vectors of an example's pairs stand one after the other."""
-        w = self.fields()
         pooled = trunk.pooled(streams, random)
-        x = bias_gelu(F.linear(pooled.view(-1, w["inner"].shape[1]), w["inner"]), w["inner_bias"])
-        x = F.layer_norm(x, w["weight"].shape, w["weight"], w["shift"], LAYER_NORM_EPS)
-        return F.linear(x, w["out"], w["out_bias"])
+        return run(self, _MLP(), pooled.view(-1, self.pairs * pooled.shape[1]))  # type: ignore[no-any-return]
+
+
+class _MLP:
+    """The arithmetic of `MLPHead`; its matrices are too large to be concatenated by autograd at every step."""
+
+    def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
+        inner = F.linear(x, w["inner"])
+        norm = Recorded(layer_norm, bias_gelu_forward(inner, w["inner_bias"]), w["weight"], w["shift"])
+        return F.linear(norm.outputs[0], w["out"], w["out_bias"]), (x, inner, norm)
+
+    def backward(self, w: Fields, g: Fields, saved: Any, dy: Tensor) -> tuple[Tensor]:
+        x, inner, norm = saved
+        dnormed = projection_backward(w["out"], g["out"], g["out_bias"], norm.outputs[0], dy)
+        dinner, dweight, dshift = norm.backward(dnormed)
+        g["weight"].copy_(dweight)
+        g["shift"].copy_(dshift)
+        bias_gelu_backward(dinner, inner, w["inner_bias"], dinner, g["inner_bias"])
+        weight_gradient(dinner, x, g["inner"])
+        return (torch.mm(dinner, w["inner"]),)
 
 
 class PairedMLPHead(MLPHead):
@@ -152,5 +173,4 @@ class PretrainingHeads(FlatBlock):
         """Linear, GELU, LayerNorm of text ("words") or image ("regions") rows, before the decoder."""
         w = self.fields()
         x = bias_gelu(F.linear(x, w[stream]), w[f"{stream}_bias"])
-        weight = w[f"{stream}_weight"]
-        return F.layer_norm(x, weight.shape, weight, w[f"{stream}_shift"], LAYER_NORM_EPS)
+        return layer_norm(x, w[f"{stream}_weight"], w[f"{stream}_shift"])

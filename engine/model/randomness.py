@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from kernels.dropout import Dropout
 
 SLOTS = 8
@@ -15,7 +17,8 @@ class Randomness:
     """The random coordinates of one forward pass. `training=False` switches every dropout off."""
 
     seed: int = 0
-    step: int = 0
+    step: int | Tensor = 0
+    """A number, or an int64 tensor of one element on the device (see `kernels.dropout.Dropout`)."""
     training: bool = False
     block: int = 0
 

@@ -14,10 +14,13 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from engine.model.bridge import Bridge
 from engine.model.config import ModelConfig
+from engine.model.embeddings import ImageEmbedding, TextEmbedding
 from engine.model.flat import FlatBlock
-from engine.model.layers import Bridge, ImageEmbedding, Poolers, TextEmbedding, TransformerLayer
+from engine.model.poolers import Poolers
 from engine.model.randomness import Randomness
+from engine.model.transformer_layer import TransformerLayer
 from kernels.rows import Rows
 from pipelines.batch import Batch
 

@@ -1,0 +1,155 @@
+"""Clocks, and the conditions that a number is worth nothing without.
+
+What is compared runs in turns within one process: whatever else the machine does falls on all of it. Every call is timed
+by itself; medians and quantiles over the calls count, and the fastest call, which a busy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from kernels import native_library
+
+_FLUSHED_BYTES = 256 * 2**20
+"""More than the last cache of any GPU: written before each call, so that none finds its inputs there."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one call, over many of them."""
+
+    median: float
+    low: float
+    """20 % quantile."""
+    high: float
+    """80 % quantile."""
+    least: float
+    calls: int
+
+
+class Timed(Protocol):
+    """Something to time: called once for whatever must not count, it returns what does."""
+
+    def __call__(self) -> Callable[[], object]: ...
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def interleaved(
+    timed: Mapping[Key, Timed], device: torch.device, seconds: float, most_rounds: int = 1000
+) -> dict[Key, Spread]:
+    """Each of them in turn, until `seconds` have passed but at least three times, after one round for warming up.
+
+    Calls on a CPU get the caches as the call before left them; on a GPU the caches are overwritten before every call.
+    """
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    for prepare in timed.values():
+        clock(prepare)
+    found: dict[Key, list[float]] = {name: [] for name in timed}
+    started = time.perf_counter()
+    for turn in range(most_rounds):
+        if turn >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name, prepare in timed.items():
+            found[name].append(clock(prepare))
+    return {name: spread(times) for name, times in found.items()}
+
+
+def spread(seconds: list[float]) -> Spread:
+    """Quantiles between the values next to them."""
+    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return Spread(float(median), float(low), float(high), min(seconds), len(seconds))
+
+
+def _cpu_seconds(prepare: Timed) -> float:
+    call = prepare()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _cuda_seconds(prepare: Timed) -> float:
+    """Between events, so that the time of launching counts only where the GPU waits for it."""
+    call = prepare()
+    _flushed().zero_()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+@cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """Hardware, threads, versions, commit and time, as text."""
+    return {
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "device": device_name(device),
+        "isa": _isa(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def commit() -> str:
+    """The checkout's short commit, with a + where files differ from it; empty outside of git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def version(package: str) -> str:
+    """An installed package's version, or "none"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _isa(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return native_library.isa() if native_library.available() else "none"

@@ -1,0 +1,109 @@
+"""Which implementation an op uses: the one rule, the override per op, and the report.
+
+    CUDA tensor                       triton
+    CPU tensor                        native, where the C++ library can be built
+    float64, or neither of the above  torch
+
+An override (`use`, the configuration's `kernels`, or `STOPGO_KERNELS=native` / `STOPGO_KERNELS=attention=torch,adamw=native`)
+is obeyed or refused with a reason, never replaced. Triton runs on CPU tensors under its interpreter (`TRITON_INTERPRET=1`),
+when asked for by name: that is for tests, it is thousands of times slower.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import native_library
+from kernels.names import OPS, check, parse
+
+ENVIRONMENT = "STOPGO_KERNELS"
+
+
+class UnusableBackend(ValueError):
+    """An override that cannot be obeyed; the text names op, reason and mend."""
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward, and which implementation made it."""
+
+    backend: str
+    values: tuple
+
+
+class Choice(NamedTuple):
+    """One line of the report."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+_overrides: dict[str, str] = parse(os.environ.get(ENVIRONMENT, ""))
+
+
+def use(overrides: Mapping[str, str]) -> None:
+    """From now on these ops use these backends; ops not named follow the rule (or what was said before)."""
+    _overrides.update(check(overrides))
+
+
+@contextmanager
+def using(overrides: Mapping[str, str] | str) -> Iterator[None]:
+    """The same, for the time of a `with` block; a single name is for all ops."""
+    before = dict(_overrides)
+    use(parse(overrides) if isinstance(overrides, str) else overrides)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The backend of `op` for tensors like x. UnusableBackend where an override cannot be obeyed."""
+    forced = _overrides.get(op)
+    if forced is not None:
+        _refuse_unusable(op, forced, x.device)
+        return forced if x.dtype is not torch.float64 else "torch"
+    if x.dtype is torch.float64:
+        return "torch"
+    if x.is_cuda:
+        return "triton"
+    return "native" if x.device.type == "cpu" and native_library.available() else "torch"
+
+
+def report(device: torch.device) -> list[Choice]:
+    """What every op uses on `device`, and why."""
+    sample = torch.empty(0, device=device)
+    return [Choice(op, choose(op, sample), _reason(op, device)) for op in OPS]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
+    if backend == "native" and device.type != "cpu":
+        raise UnusableBackend(f"{op}: the native kernels are for the CPU, not for {device} (use triton or torch)")
+    if backend == "native" and not native_library.available():
+        raise UnusableBackend(f"{op}: no native kernels here: {native_library.reason()} (use torch)")
+    if backend == "triton" and device.type != "cuda" and not interpreting():
+        raise UnusableBackend(
+            f"{op}: Triton needs a CUDA device, not {device} (use native or torch; for tests set TRITON_INTERPRET=1)"
+        )
+
+
+def _reason(op: str, device: torch.device) -> str:
+    if op in _overrides:
+        return "as asked"
+    if device.type == "cuda":
+        return "CUDA device"
+    if device.type == "cpu" and native_library.available():
+        return native_library.isa()
+    return native_library.reason() or f"no kernels for {device.type}"

@@ -1,0 +1,36 @@
+"""The ops and their backends by name, for configurations and command lines. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BACKENDS = ("triton", "native", "torch")
+OPS = (
+    "attention",
+    "coattention",
+    "bias_gelu",
+    "bias_dropout_residual_layernorm",
+    "region_embedding",
+    "soft_label_bce",
+    "masked_region_loss",
+    "masked_lm_loss",
+    "dropout",
+    "adamw",
+)
+
+
+def parse(text: str) -> dict[str, str]:
+    """Backend by op from "native" (all ops) or "attention=torch,adamw=native". ValueError names what is wrong."""
+    text = text.strip()
+    pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [(op, text) for op in OPS]
+    return check({op.strip(): backend.strip() for op, backend in pairs}) if text else {}
+
+
+def check(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The same overrides; ValueError for an op or a backend that does not exist."""
+    for op, backend in overrides.items():
+        if op not in OPS:
+            raise ValueError(f"no kernel op is called {op!r} (there are {', '.join(OPS)})")
+        if backend not in BACKENDS:
+            raise ValueError(f"{op}: no backend is called {backend!r} (there are {', '.join(BACKENDS)})")
+    return dict(overrides)
