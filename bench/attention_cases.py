@@ -58,10 +58,10 @@ def _rates(setting: Setting) -> list[float]:
 
 
 def _work(q_rows: Rows, k_rows: Rows, width: int, size: int) -> dict[str, Work]:
-    """Backward reads q, k, v, the context and its gradient, writes three gradients, and makes the scores again."""
+    """Backward reads q, k, v and the context's gradient, makes the scores again, writes three gradients."""
     product = 2 * int((q_rows.lengths * k_rows.lengths).sum()) * width
-    rows = (q_rows.total + k_rows.total) * width * size
-    forward, backward = Work(2 * rows, 2 * product), Work(4 * rows, 5 * product)
+    q, k = (rows.total * width * size for rows in (q_rows, k_rows))
+    forward, backward = Work(2 * q + 2 * k, 2 * product), Work(3 * q + 4 * k, 5 * product)
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 

@@ -18,6 +18,9 @@ _COPIES = {"copy_", "_to_copy", "clone", "cat", "stack"}
 _SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 """Ops whose result the host must know before it goes on: on a GPU each would wait for the device."""
 
+_QUESTIONS = {"stopgo_isa", "stopgo_abi_version"}
+"""Functions of the native library that compute nothing."""
+
 
 @dataclass
 class Counts:
@@ -69,7 +72,8 @@ def counting() -> Iterator[Counts]:
 def _native_calls(counts: Counts) -> Iterator[None]:
     """The library's functions are attributes of one object: for the block, each also counts itself."""
     library = native_library.library() if native_library.available() else None
-    functions = {} if library is None else {n: f for n, f in vars(library).items() if n.startswith("stopgo_")}
+    found = {} if library is None else vars(library)
+    functions = {name: f for name, f in found.items() if name.startswith("stopgo_") and name not in _QUESTIONS}
 
     def counted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:

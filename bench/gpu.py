@@ -1,6 +1,7 @@
 """`python -m bench.gpu`, `make gpu`: everything that only a GPU can show, in one go.
 
-  tests       every kernel test with its tensors on the GPU, and recorded steps against steps run as usual
+  tests       every kernel test, its tensors on the GPU
+  steps       recorded training steps against steps run as usual
   kernels     each op against torch, torch.compile, SDPA, and FlashAttention, Liger and apex where installed
   iterations  training steps per second against the authors' recipe and the best stock one
   graphs      steps with and without CUDA graphs: times, launches, copies, waits of the host
@@ -46,20 +47,21 @@ class Part:
 def parts(folder: Path, batch: int) -> list[Part]:
     """All of them, in order."""
     python = (sys.executable, "-m")
-    report = ("--junitxml", str(_report(folder / "tests.json")))
+
+    def tests(name: str, paths: str, environment: Mapping[str, str]) -> Part:
+        result = folder / f"{name}.json"
+        command = (*python, "pytest", "-q", paths, "--junitxml", str(_report(result)))
+        return Part(name, command, result, environment, summarise_tests)
+
+    def bench(name: str) -> Part:
+        result = folder / f"{name}.json"
+        return Part(name, (*python, f"bench.{name}", "--batch", str(batch), "--json", str(result)), result)
+
     return [
-        Part(
-            "tests", (*python, "pytest", "-q", "tests/kernels", "tests/engine/test_graphs.py", *report), folder / "tests.json",
-            {"STOPGO_TEST_DEVICE": "cuda"}, summarise_tests,
-        ),
-        *(
-            Part(
-                name, (*python, f"bench.{name}", "--batch", str(batch), "--json", str(folder / f"{name}.json")),
-                folder / f"{name}.json",
-            )
-            for name in ("kernels", "iterations", "graphs")
-        ),
-    ]  # fmt: skip
+        tests("tests", "tests/kernels", {"STOPGO_TEST_DEVICE": "cuda"}),
+        tests("steps", "tests/engine/test_graphs.py", {}),
+        *map(bench, ("kernels", "iterations", "graphs")),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

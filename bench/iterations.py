@@ -123,11 +123,11 @@ def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{len(rows)} tasks, {arguments.rounds} rounds of {', '.join([OURS, *peers])}, batch {arguments.batch}: "
         f"about {duration(expected)}"
     )
-    started, load_before = time.perf_counter(), os.getloadavg()[0]
+    around, started, load_before = conditions(setting.device), time.perf_counter(), os.getloadavg()[0]
     turns = [0] * arguments.rounds if arguments.same_batch else range(1, 1 + arguments.rounds)
     results, described = compare(setting, rows, peers, turns, estimate, _say)
     about = {
-        **conditions(setting.device),
+        **around,
         "model": arguments.model,
         "batch": arguments.batch,
         "precision": run.precision,

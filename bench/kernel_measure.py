@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.kernel_case import Call, Case, bytes_of
-from bench.kernel_peers import missing
+from bench.kernel_peers import PACKAGES, missing
 from bench.peak_memory import peak_bytes
 from bench.timing import Spread, Timed, interleaved
 from kernels import backends
@@ -125,33 +125,42 @@ def own_provider(op: str, dtype: torch.dtype, device: torch.device) -> str:
 
 def _providers(case: Case, device: torch.device, compile_seconds: float) -> tuple[dict[str, Call], list[Skipped]]:
     calls = {own_provider(case.op, case.dtype, device): case.ours}
-    dtype, skipped = _name(case.dtype), []
+    skipped, mode = [], list(case.work)[-1]  # "both", or the optimizer's "step"
     for name, make in case.peers.items():
         reason = missing(name, device)
+        if not reason and name in PACKAGES:
+            reason = _failure(lambda make=make: _timed(make(), mode)()())  # type: ignore[misc]
         if reason:
-            skipped.append(Skipped(case.op, name, dtype, reason))
+            skipped.append(Skipped(case.op, name, _name(case.dtype), reason))
         else:
             calls[name] = make()
     if compile_seconds and calls["torch"].leaves:
-        try:
-            calls["compile"] = _compiled(calls["torch"], compile_seconds)
-        except _TooLong:
-            skipped.append(Skipped(case.op, "compile", dtype, f"did not finish within {compile_seconds:g} s"))
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a finding of its own
-            skipped.append(
-                Skipped(case.op, "compile", dtype, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200])
-            )
+        compiled = Call(torch.compile(calls["torch"].function, dynamic=False), calls["torch"].leaves)
+        reason = _failure(lambda: _compile(compiled, compile_seconds))
+        if reason:
+            skipped.append(Skipped(case.op, "compile", _name(case.dtype), reason))
+        else:
+            calls["compile"] = compiled
     return calls, skipped
 
 
-def _compiled(call: Call, seconds: float) -> Call:
-    """torch.compile of it, both passes compiled."""
+def _failure(call: Callable[[], object]) -> str:
+    """Why other people's code does not run, in one line; empty if it does."""
+    try:
+        call()
+    except _TooLong as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it raises is a finding of its own
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    return ""
+
+
+def _compile(compiled: Call, seconds: float) -> None:
+    """Both passes."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that outlives the run
     torch._dynamo.reset()
-    compiled = Call(torch.compile(call.function, dynamic=False), call.leaves)
     with _limited(seconds):
         _timed(compiled, "both")()()
-    return compiled
 
 
 class _TooLong(BaseException):
@@ -163,7 +172,7 @@ def _limited(seconds: float) -> Iterator[None]:
     """Raises _TooLong in the main thread after so many seconds."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooLong
+        raise _TooLong(f"did not finish within {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

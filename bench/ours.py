@@ -15,6 +15,7 @@ from bench.gemms import GemmRecorder, GemmTimes, Replay
 from bench.memory import Spare, minor_faults, release, tensor_bytes
 from bench.provider import LR_MULTIPLIER, Rows, Setting, Step, StepClock
 from engine import assembly
+from engine.graphs import Graphs
 from engine.model.published import PUBLISHED_HEADS
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
@@ -22,6 +23,7 @@ from engine.optimizer import Optimizer
 from engine.step import StepResult, train_step
 from engine.tasks import TaskRow, load_table, loss_scale
 from kernels import backends
+from pipelines import buckets
 from pipelines.batch import Batch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +43,9 @@ class Ours:
         model.initialise(run.seed)
         self.model = model.to(setting.device)
         self.optimizer = assembly._optimizer(run, rows, self.model)
+        # As the loop has them: batches in shape buckets, and graphs that copy them to the device.
+        self._grid = buckets.Grid.fitting(run.model.max_position_embeddings) if run.cuda_graphs else None
+        self._graphs = Graphs(self.model, setting.device) if run.cuda_graphs else None
         self._moments = Spare(value for key, value in self.optimizer.state_dict().items() if "/exp_avg" in key)
         self._clock = StepClock(setting.device)
         self._steps = 0
@@ -52,7 +57,9 @@ class Ours:
         self._moments.restore()
         samples = self.setting.samples(row, turn)
         batch = pack(samples, _DTYPES[self.setting.run.precision])
-        self._row, self._batch = row, batch.to(self.setting.device)
+        if self._grid is not None:
+            batch = buckets.pad(batch, self._grid, pin=self.setting.device.type == "cuda")
+        self._row, self._batch = row, batch if self._graphs else batch.to(self.setting.device)
         return Rows(packed_rows(batch), samples.real_rows)
 
     def step(self) -> Step:
@@ -67,7 +74,7 @@ class Ours:
         self._train(self.optimizer)
         faults = minor_faults() - faults
         with counting() as counts:
-            self._train(self.optimizer)
+            self._train(self.optimizer, eager=True)
         return {**counts.as_json(), "minor_faults": faults}
 
     def gemms(self, rounds: int) -> GemmTimes:
@@ -75,7 +82,7 @@ class Ours:
         recorder = GemmRecorder()
         with ExitStack() as stack:
             stack.enter_context(recorder)
-            self._train(_AtHalf(self.optimizer, stack.close))
+            self._train(_AtHalf(self.optimizer, stack.close), eager=True)
         replay = Replay(recorder.gemms)
         replay.seconds()  # once for warming up
         replay_s, forward_backward_s = [], []
@@ -109,14 +116,16 @@ class Ours:
             "kernels": kernels,
         }
 
-    def _train(self, optimizer: Optimizer | _AtHalf) -> StepResult:
+    def _train(self, optimizer: Optimizer | _AtHalf, eager: bool = False) -> StepResult:
+        """`eager`: without graphs, so that whoever looks on sees every op."""
         assert self._batch is not None and self._row is not None
-        run = self.setting.run
+        run, graphs = self.setting.run, None if eager else self._graphs
+        batch = self._batch.to(self.setting.device) if eager else self._batch
         self._steps += 1
         return train_step(
-            self.model, cast(Optimizer, optimizer), self._batch, self._row.head,
+            self.model, cast(Optimizer, optimizer), batch, self._row.head,
             loss_scale=self._loss_scale[self._row.name], lr_multiplier=LR_MULTIPLIER,
-            random=Randomness(run.seed, self._steps, training=True), share=run.share_prefixes,
+            random=Randomness(run.seed, self._steps, training=True), share=run.share_prefixes, graphs=graphs,
         )  # fmt: skip
 
     def _gradient_bytes(self) -> int:

@@ -25,6 +25,7 @@ from kernels.dropout import ATTENTION_TILE, Dropout, keep_mask
 from kernels.native_library import dtype_code, library, pointer
 from kernels.recorded import Recorded
 from kernels.rows import Rows
+from kernels.variants import Variant
 
 HEAD_SHIFT = 16
 """In dropout counters, the row of head h and query row r is (h << HEAD_SHIFT) + r."""
@@ -77,9 +78,20 @@ def direction(
     return Direction(as_rows(q), as_rows(k), as_rows(v), q_rows, k_rows, dropout, context, lse)
 
 
+def gradients(of: Direction, dcontext: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
+    """Where one direction's gradients come from and go to. ValueError for destinations that kernels cannot write in place."""
+    for name, destination, x in (("dq", dq, of.q), ("dk", dk, of.k), ("dv", dv, of.v)):
+        if destination.shape != x.shape or destination.dtype != x.dtype or as_rows(destination) is not destination:
+            raise ValueError(
+                f"{name} should be {x.dtype} {list(x.shape)} with contiguous rows, "
+                f"not {destination.dtype} {list(destination.shape)}, {destination.stride()} apart"
+            )
+    return Gradients(as_rows(dcontext.to(of.context.dtype)), dq, dk, dv)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, however far apart; else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 # The native launchers. The structure is StopgoDirection of native/stopgo.h.
@@ -109,7 +121,7 @@ def _native_direction(d: Direction, gradients: Gradients | None = None) -> _Nati
         out=pointer(d.context), out_stride=d.context.stride(0), lse=pointer(d.lse),
     )  # fmt: skip
     if d.dropout is not None:
-        native.seed, native.step, native.site = d.dropout.seed, d.dropout.step, d.dropout.site
+        native.seed, native.step, native.site = d.dropout.seed, int(d.dropout.step), d.dropout.site
         native.threshold = d.dropout.threshold
     if gradients is not None:
         g = gradients
@@ -164,7 +176,7 @@ def attention_backward(saved: Saved, dcontext: Tensor, dq: Tensor, dk: Tensor, d
         copy_into((dq, dk, dv), recorded.backward(dcontext))
     else:
         d, heads = saved.values
-        BACKWARD[saved.backend]([d], [Gradients(as_rows(dcontext), dq, dk, dv)], heads)
+        BACKWARD[saved.backend]([d], [gradients(d, dcontext, dq, dk, dv)], heads)
 
 
 def copy_into(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -196,6 +208,12 @@ def attention(
         return attention_torch(q, k, v, q_rows, k_rows, heads, dropout)
     context: Tensor = _Attention.apply(q, k, v, q_rows, k_rows, heads, dropout)
     return context
+
+
+def variants() -> list[Variant]:
+    """Every Triton kernel that the full model's layers launch: heads of 64 (text) and of 128 (image), all rows or the first."""
+    lengths = [((queries, keys),) for keys in (32, 64, 65) for queries in (keys, 1)]
+    return [v for head_dim in (64, 128) for v in attention_triton.variants("attention", head_dim, lengths)]
 
 
 def attention_torch(

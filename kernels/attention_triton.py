@@ -294,9 +294,7 @@ def _backward_queries(
             column = first + tl.arange(0, BLOCK_K)
             k = _read(k_base, x.k_stride, column, keys, HEAD_DIM, BLOCK_D)
             v = _read(v_base, x.v_stride, column, keys, HEAD_DIM, BLOCK_D)
-            p, kept_p, dp = _again(
-                x, item, head, q, k, v, do, lse, row, first, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K
-            )
+            p, kept_p, dp = _again(x, item, head, q, k, v, do, lse, row, first, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K)
             ds = (p * (dp - delta[:, None])).to(q.dtype)
             dq += _dot(ds, k)
             if ALL:
@@ -461,11 +459,11 @@ class _Sizes(NamedTuple):
         """The constants that both kernels have."""
         a, b = launch[0], launch[-1]
         return {
-            **{"HEAD_DIM": self.head_dim, "BLOCK_D": max(triton.next_power_of_2(self.head_dim), 16)},
-            **{"DROPOUT": self.dropout, "TWO": len(launch) == 2},
-            **{"BLOCK_Q_A": a.block_q, "BLOCK_K_A": a.block_k, "ALL_A": a.all},
-            **{"BLOCK_Q_B": b.block_q, "BLOCK_K_B": b.block_k, "ALL_B": b.all},
-        }
+            "HEAD_DIM": self.head_dim, "BLOCK_D": max(triton.next_power_of_2(self.head_dim), 16),
+            "DROPOUT": self.dropout, "TWO": len(launch) == 2,
+            "BLOCK_Q_A": a.block_q, "BLOCK_K_A": a.block_k, "ALL_A": a.all,
+            "BLOCK_Q_B": b.block_q, "BLOCK_K_B": b.block_k, "ALL_B": b.all,
+        }  # fmt: skip
 
 
 _Launch = tuple[_Part, ...]
@@ -558,7 +556,8 @@ _TYPES = {
     **dict.fromkeys(("item_key", "step"), "*i64"),
     **dict.fromkeys(("seed", "site", "threshold"), "u32"),
     **dict.fromkeys((f"{name}_stride" for name in ("q", "k", "v", "context", "dcontext", "dq", "dk", "dv")), "i32:16"),
-    **{"lse": "*fp32", "lse_stride": "i32"},
+    "lse": "*fp32",
+    "lse_stride": "i32",
 }
 """Of the arguments of either part that are not tensors of the op's dtype."""
 
@@ -579,18 +578,17 @@ def variants(op: str, head_dim: int, longest: Iterable[Sequence[_Longest]]) -> l
 
 def _variant(op: str, kernel: Any, sizes: _Sizes, launch: _Launch, constexprs: dict[str, Any]) -> Variant:
     pointer = _POINTERS[sizes.dtype]
-    types = {f"{name}_{part}": _TYPES.get(name, pointer) for name in _Inputs._fields + _Gradients._fields for part in "ab"}
+    types = {
+        f"{name}_{part}": _TYPES.get(name, pointer) for name in _Inputs._fields + _Gradients._fields for part in "ab"
+    }
     types |= {"heads": "i32", "scale": "fp32", "tiles_a": "i32"} | dict.fromkeys(constexprs, "constexpr")
     backward = kernel is _backward
     programs = " + ".join(
-        f"{part.block_q} queries x {part.block_k} keys"
-        + (f" of {'keys' if part.of_keys else 'queries'}" if backward else "")
-        + (", all" if part.all else "")
-        for part in launch
+        f"{'all ' * part.all}{part.block_q} x {part.block_k}{' of keys' * part.of_keys}" for part in launch
     )
     return Variant(
         op=op,
-        name=f"{'backward' if backward else 'forward'}{' with dropout' if sizes.dropout else ''}, D = {sizes.head_dim}: {programs}",
+        name=f"{'backward' if backward else 'forward'} D={sizes.head_dim}{' dropout' * sizes.dropout}: {programs}",
         kernel=kernel,
         signature={argument: types[argument] for argument in kernel.arg_names},
         constexprs=constexprs,

@@ -36,16 +36,18 @@ from kernels.recorded import Recorded
 from kernels.row_slices import (
     WARPS,
     RowLayout,
-    added,
     appended,
     check_rows,
     fold,
     fold_variant,
     inside,
     load_slices,
+    plus,
+    products,
     store_column_sums,
     store_slice,
     variant_of,
+    widened,
     zero_slices,
 )
 from kernels.rows import Rows
@@ -63,6 +65,15 @@ def draw_rows(row_key, row_index, step, seed, site, row, live, block, data):
     """The random words of these rows: see `kernels.dropout`."""
     item, place = tl.load(row_key + row, mask=live, other=0), tl.load(row_index + row, mask=live, other=0)
     return draw(seed, tl.load(step), item, place, held_like(block, data), site)
+
+
+@triton.jit
+def drop_slices(values, words, threshold, scale):
+    """float32 slices: those that a draw keeps are scaled, the others are 0."""
+    slices = ()
+    for lane in tl.static_range(8):
+        slices = appended(slices, tl.where(kept(words, lane, threshold), values[lane].to(tl.float32) * scale, 0.0))
+    return slices
 
 
 @triton.jit
@@ -94,13 +105,13 @@ def normalise(zs, block, eps, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
 
 @triton.jit
 def norm_gradients(dys, zs, weights, mean, rstd, WIDTH: tl.constexpr):
-    """(ẑ, dz): slices, from gradients of a LayerNorm's output and its input z; 0 where dy and z are 0."""
+    """(ẑ, dz): slices, from float32 gradients dy of a LayerNorm's output and its input z; dz is 0 where 1 / σ is."""
     hats = ()
     gradient = tl.zeros_like(zs[0])
     along = tl.zeros_like(zs[0])
     for lane in tl.static_range(8):
         hat = (zs[lane] - mean) * rstd
-        g = dys[lane].to(tl.float32) * weights[lane].to(tl.float32)
+        g = dys[lane] * weights[lane].to(tl.float32)
         gradient += g
         along += g * hat
         hats = appended(hats, hat)
@@ -108,7 +119,7 @@ def norm_gradients(dys, zs, weights, mean, rstd, WIDTH: tl.constexpr):
     along_mean = tl.sum(along, 1, keep_dims=True) / WIDTH
     dzs = ()
     for lane in tl.static_range(8):
-        g = dys[lane].to(tl.float32) * weights[lane].to(tl.float32)
+        g = dys[lane] * weights[lane].to(tl.float32)
         dzs = appended(dzs, (g - gradient_mean - hats[lane] * along_mean) * rstd)
     return hats, dzs
 
@@ -164,7 +175,7 @@ def _backward_kernel(
         start = row.to(tl.int64) * WIDTH
         xs = load_slices(x + start, block, live, WIDTH, EIGHTH)
         residuals = load_slices(residual + start, block, live, WIDTH, EIGHTH)
-        dys = load_slices(dy + start, block, live, WIDTH, EIGHTH)
+        dys = widened(load_slices(dy + start, block, live, WIDTH, EIGHTH))
         row_mean = tl.load(mean + row, mask=live, other=0.0)
         row_rstd = tl.load(rstd + row, mask=live, other=0.0)
         words = None
@@ -172,16 +183,16 @@ def _backward_kernel(
             words = draw_rows(row_key, row_index, step, seed, site, row, live, block, xs[0])
         zs = _sums(xs, biases, residuals, words, threshold, scale, block, WIDTH, EIGHTH)
         hats, dzs = norm_gradients(dys, zs, weights, row_mean, row_rstd, WIDTH)
+        dxs = dzs
+        if row_key is not None:
+            dxs = drop_slices(dzs, words, threshold, scale)
         for lane in tl.static_range(8):
-            dropped = dzs[lane]
-            if row_key is not None:
-                dropped = tl.where(kept(words, lane, threshold), dropped * scale, 0.0)
-            store_slice(dx + start, dropped, block, live, lane, WIDTH, EIGHTH)
+            store_slice(dx + start, dxs[lane], block, live, lane, WIDTH, EIGHTH)
             if dresidual is not None:
                 store_slice(dresidual + start, dzs[lane], block, live, lane, WIDTH, EIGHTH)
-            dbiases = added(dbiases, lane, dropped)
-            dweights = added(dweights, lane, dys[lane].to(tl.float32) * hats[lane])
-            dshifts = added(dshifts, lane, dys[lane].to(tl.float32))
+        dbiases = plus(dbiases, dxs)
+        dweights = plus(dweights, products(dys, hats))
+        dshifts = plus(dshifts, dys)
     partial += tl.program_id(0).to(tl.int64) * 3 * WIDTH
     store_column_sums(partial, dbiases, BLOCK, WIDTH, EIGHTH)
     store_column_sums(partial + WIDTH, dweights, BLOCK, WIDTH, EIGHTH)

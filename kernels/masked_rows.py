@@ -94,7 +94,7 @@ def _logits(
 def _target(target, row, column, n_rows, classes):
     """float32 tile of the target: 0 outside, and a label as its one-hot row."""
     if target.dtype.element_ty.is_int():
-        label = tl.load(target + row, row < n_rows, -1)
+        label = tl.load(target + row, row < n_rows, -1).to(tl.int32)
         return (label[:, None] == column[None, :]).to(tl.float32)
     else:
         inside = (row < n_rows)[:, None] & (column < classes)[None, :]
@@ -110,13 +110,18 @@ def _reduce_tiles(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
     z = _logits(hidden, rows, weight, bias, row, column, n_rows, classes, width, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_WIDTH)
-    t = _target(target, row, column, n_rows, classes)
     # Classes outside repeat the last one, so they do not change the largest.
     top = tl.max(z, 1)
     z -= top[:, None]
     total = tl.sum(tl.where((column < classes)[None, :], tl.exp(z), 0.0), 1)
-    cost = tl.sum(t * (tl.log(tl.where(t > 0, t, 1.0)) - z), 1)
-    mass = tl.sum(t, 1)
+    if target.dtype.element_ty.is_int():
+        label = tl.load(target + row, row < n_rows, -1).to(tl.int32)
+        cost = -tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
+        mass = (label // BLOCK_CLASSES == tl.program_id(1)).to(tl.float32)
+    else:
+        t = _target(target, row, column, n_rows, classes)
+        cost = tl.sum(t * (tl.log(tl.where(t > 0, t, 1.0)) - z), 1)
+        mass = tl.sum(t, 1)
 
     plane = tl.num_programs(1).to(tl.int64) * n_rows
     partials += tl.program_id(1).to(tl.int64) * n_rows + row

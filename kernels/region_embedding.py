@@ -19,22 +19,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backends import choose
-from kernels.bias_dropout_residual_layernorm import LAYER_NORM_EPS, draw_rows, norm_gradients, normalise
+from kernels.bias_dropout_residual_layernorm import LAYER_NORM_EPS, draw_rows, drop_slices, norm_gradients, normalise
 from kernels.dropout import NO_DROPOUT, Dropout, drop_torch, kept, native_row_arguments, triton_row_arguments
 from kernels.native_library import dtype_code, library, pointer
 from kernels.row_slices import (
     WARPS,
     RowLayout,
-    added,
     appended,
     check_rows,
     fold,
     fold_variant,
     inside,
     load_slices,
+    plus,
+    products,
     store_column_sums,
     store_slice,
+    times,
     variant_of,
+    widened,
     zero_slices,
 )
 from kernels.rows import Rows
@@ -47,15 +50,22 @@ BOX = 5
 
 
 @triton.jit
-def _load_columns(location_weight, block, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
-    """The five columns of W_l, one after the other, eight slices each: slice `lane` of column i stands at 8 i + lane."""
+def _load_column(location_weight, i: tl.constexpr, block, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
+    """Slices of column i of W_l."""
     slices = ()
-    for i in tl.static_range(5):
-        for lane in tl.static_range(8):
-            at = (lane * EIGHTH + block) * 5 + i
-            there = inside(block, lane, WIDTH, EIGHTH)
-            slices = appended(slices, tl.load(location_weight + at, mask=there, other=0.0))
+    for lane in tl.static_range(8):
+        at = location_weight + (lane * EIGHTH + block) * 5 + i
+        slices = appended(slices, tl.load(at, mask=inside(block, lane, WIDTH, EIGHTH), other=0.0))
     return slices
+
+
+@triton.jit
+def _load_columns(location_weight, block, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
+    """Slices of all five columns."""
+    columns = ()
+    for i in tl.static_range(5):
+        columns = appended(columns, _load_column(location_weight, i, block, WIDTH, EIGHTH))
+    return columns
 
 
 @triton.jit
@@ -74,7 +84,7 @@ def _sums(xs, feature_biases, location_biases, columns, box, block, WIDTH: tl.co
     for lane in tl.static_range(8):
         located = location_biases[lane].to(tl.float32)
         for i in tl.static_range(5):
-            located += columns[8 * i + lane].to(tl.float32) * box[i]
+            located += columns[i][lane].to(tl.float32) * box[i]
         z = xs[lane].to(tl.float32) + feature_biases[lane].to(tl.float32) + located
         zs = appended(zs, tl.where(inside(block, lane, WIDTH, EIGHTH), z, 0.0))
     return zs
@@ -130,41 +140,45 @@ def _backward_kernel(
     dbiases = zero_slices(ROWS, BLOCK)
     dweights = zero_slices(ROWS, BLOCK)
     dshifts = zero_slices(ROWS, BLOCK)
-    dcolumns = ()
-    for _ in tl.static_range(5):
-        dcolumns = dcolumns + zero_slices(ROWS, BLOCK)
+    dcolumns0 = zero_slices(ROWS, BLOCK)
+    dcolumns1 = zero_slices(ROWS, BLOCK)
+    dcolumns2 = zero_slices(ROWS, BLOCK)
+    dcolumns3 = zero_slices(ROWS, BLOCK)
+    dcolumns4 = zero_slices(ROWS, BLOCK)
     start_row = tl.program_id(0) * CHUNK
     for first in range(start_row, tl.minimum(start_row + CHUNK, rows), ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         live = row < rows
         start = row.to(tl.int64) * WIDTH
         xs = load_slices(x + start, block, live, WIDTH, EIGHTH)
-        dys = load_slices(dy + start, block, live, WIDTH, EIGHTH)
+        dys = widened(load_slices(dy + start, block, live, WIDTH, EIGHTH))
         box = _load_box(boxes, row, live)
         row_mean = tl.load(mean + row, mask=live, other=0.0)
         row_rstd = tl.load(rstd + row, mask=live, other=0.0)
         zs = _sums(xs, feature_biases, location_biases, columns, box, block, WIDTH, EIGHTH)
-        gradients = dys
         if row_key is not None:
             words = draw_rows(row_key, row_index, step, seed, site, row, live, block, xs[0])
-            gradients = ()
-            for lane in tl.static_range(8):
-                gradient = tl.where(kept(words, lane, threshold), dys[lane].to(tl.float32) * scale, 0.0)
-                gradients = appended(gradients, gradient)
-        hats, dzs = norm_gradients(gradients, zs, weights, row_mean, row_rstd, WIDTH)
+            dys = drop_slices(dys, words, threshold, scale)
+        hats, dzs = norm_gradients(dys, zs, weights, row_mean, row_rstd, WIDTH)
         for lane in tl.static_range(8):
             store_slice(dx + start, dzs[lane], block, live, lane, WIDTH, EIGHTH)
-            dbiases = added(dbiases, lane, dzs[lane])
-            dweights = added(dweights, lane, gradients[lane].to(tl.float32) * hats[lane])
-            dshifts = added(dshifts, lane, gradients[lane].to(tl.float32))
-            for i in tl.static_range(5):
-                dcolumns = added(dcolumns, 8 * i + lane, dzs[lane] * box[i])
+        dbiases = plus(dbiases, dzs)
+        dweights = plus(dweights, products(dys, hats))
+        dshifts = plus(dshifts, dys)
+        dcolumns0 = plus(dcolumns0, times(dzs, box[0]))
+        dcolumns1 = plus(dcolumns1, times(dzs, box[1]))
+        dcolumns2 = plus(dcolumns2, times(dzs, box[2]))
+        dcolumns3 = plus(dcolumns3, times(dzs, box[3]))
+        dcolumns4 = plus(dcolumns4, times(dzs, box[4]))
     partial += tl.program_id(0).to(tl.int64) * 8 * WIDTH
     store_column_sums(partial, dbiases, BLOCK, WIDTH, EIGHTH)
     store_column_sums(partial + WIDTH, dweights, BLOCK, WIDTH, EIGHTH)
     store_column_sums(partial + 2 * WIDTH, dshifts, BLOCK, WIDTH, EIGHTH)
-    for i in tl.static_range(5):
-        store_column_sums(partial + (3 + i) * WIDTH, dcolumns[8 * i : 8 * i + 8], BLOCK, WIDTH, EIGHTH)
+    store_column_sums(partial + 3 * WIDTH, dcolumns0, BLOCK, WIDTH, EIGHTH)
+    store_column_sums(partial + 4 * WIDTH, dcolumns1, BLOCK, WIDTH, EIGHTH)
+    store_column_sums(partial + 5 * WIDTH, dcolumns2, BLOCK, WIDTH, EIGHTH)
+    store_column_sums(partial + 6 * WIDTH, dcolumns3, BLOCK, WIDTH, EIGHTH)
+    store_column_sums(partial + 7 * WIDTH, dcolumns4, BLOCK, WIDTH, EIGHTH)
 
 
 # Launchers

@@ -33,7 +33,10 @@ FOLDED_COLUMNS, FOLDED_CHUNKS = 32, 32
 @triton.jit
 def inside(block, lane: tl.constexpr, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
     """Which columns of a slice exist. block: 0 to BLOCK, as [1, BLOCK]."""
-    return (block < EIGHTH) & (lane * EIGHTH + block < WIDTH)
+    there = block < EIGHTH
+    if WIDTH < 8 * EIGHTH:
+        there &= lane * EIGHTH + block < WIDTH
+    return there
 
 
 @triton.jit
@@ -53,6 +56,15 @@ def load_slices(x, block, live, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
 
 
 @triton.jit
+def widened(a):
+    """float32 slices."""
+    slices = ()
+    for lane in tl.static_range(8):
+        slices = appended(slices, a[lane].to(tl.float32))
+    return slices
+
+
+@triton.jit
 def store_slice(y, value, block, live, lane: tl.constexpr, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
     """Slice `lane` of rows that start at y, rounded to y's dtype."""
     there = live & inside(block, lane, WIDTH, EIGHTH)
@@ -62,16 +74,31 @@ def store_slice(y, value, block, live, lane: tl.constexpr, WIDTH: tl.constexpr, 
 @triton.jit
 def zero_slices(ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Eight slices of float32 zeros: where column sums start."""
-    slices = ()
-    for _ in tl.static_range(8):
-        slices = appended(slices, tl.zeros((ROWS, BLOCK), tl.float32))
-    return slices
+    zeros = tl.zeros((ROWS, BLOCK), tl.float32)
+    return zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
 
 
 @triton.jit
-def added(slices, lane: tl.constexpr, value):
-    """The eight slices, with `value` added to slice `lane`."""
-    return slices[:lane] + (slices[lane] + value,) + slices[lane + 1 :]  # noqa: RUF005
+def plus(a, b):
+    """a + b, slice by slice."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = a
+    b0, b1, b2, b3, b4, b5, b6, b7 = b
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def times(a, x):
+    """Every slice of a times x, which has a value for each row."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = a
+    return a0 * x, a1 * x, a2 * x, a3 * x, a4 * x, a5 * x, a6 * x, a7 * x
+
+
+@triton.jit
+def products(a, b):
+    """a * b, slice by slice."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = a
+    b0, b1, b2, b3, b4, b5, b6, b7 = b
+    return a0 * b0, a1 * b1, a2 * b2, a3 * b3, a4 * b4, a5 * b5, a6 * b6, a7 * b7
 
 
 @triton.jit

@@ -140,11 +140,19 @@ struct PairMath {
 #endif
 
 #if defined(__AMX_BF16__)
+// Tiles of 16 rows of 64 bytes. Not on the stack: GCC would think that only the first bytes of it are read.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileConfig kTileConfig{};
+
 struct TileMath {
   static constexpr int64_t kPerUnit = 2, kDepth = 16, kStoreRows = 32;
 
-  // The tiles of one thread, all 16 rows of 64 bytes. Whoever used them before (oneDNN does) left other shapes behind;
-  // and while they are in use, every switch of threads is dearer.
+  // The tiles of one thread. Whoever used them before (oneDNN does) left other shapes behind; and while they are in use,
+  // every switch of threads is dearer.
   class Session {
    public:
     Session() {
@@ -153,20 +161,13 @@ struct TileMath {
         std::fprintf(stderr, "stopgo: this system does not grant the AMX tiles; choose STOPGO_ISA=avx512bf16\n");
         std::abort();
       }
-      _tile_loadconfig(&kConfig);
+      _tile_loadconfig(&kTileConfig);
     }
     ~Session() { _tile_release(); }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
    private:
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static constexpr Config kConfig{};  // not on the stack: GCC would think that only its first bytes are read
-
     // Linux hands the tiles out on request, once for all threads: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
     static bool request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
   };

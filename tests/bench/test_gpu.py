@@ -32,9 +32,9 @@ def test_without_a_gpu_one_line_and_exit_code_2(main: object, capsys: pytest.Cap
 
 def test_every_part_has_a_module_and_a_result_of_its_own(tmp_path: Path) -> None:
     parts = gpu.parts(tmp_path, 16)
-    assert [part.name for part in parts] == ["tests", "kernels", "iterations", "graphs"]
+    assert [part.name for part in parts] == ["tests", "steps", "kernels", "iterations", "graphs"]
     assert len({part.result for part in parts}) == len(parts)
-    for part in parts[1:]:
+    for part in parts[2:]:
         assert part.command[1:3] == ("-m", f"bench.{part.name}")
         assert str(part.result) in part.command
         assert "--batch" in part.command
@@ -101,15 +101,14 @@ def test_calls_are_added_up_by_what_they_are_for() -> None:
 def test_ways_are_measured_and_a_replay_computes_the_same() -> None:
     run = load(graphs.RUN, ["model=tiny", "model.max_position_embeddings=256", "device=cpu", "kernels=torch"])
     stepper = graphs.Stepper(Setting(run, 2, CPU), lambda model: Graphs(model, CPU, Repeater(model)))
-    rows = [load_table().tasks[name] for name in ("vqa", "nlvr2")]
-    result = graphs.measure(stepper, rows, batches=1, rounds=2)
+    result = graphs.measure(stepper, [load_table().tasks["nlvr2"]], batches=1, rounds=2)
     for task in result["tasks"].values():
         assert list(task["ways"]) == list(graphs.WAYS)
         assert all(way["step_s"] > 0 for way in task["ways"].values())
         assert task["replay_differs"] == {"loss": 0.0, "gradients": 0.0}
-    assert result["counters"]["captures"] == 2
-    assert result["counters"]["eager"] == 2
-    assert result["counters"]["replays"] == 2 * (2 + 2 - 1 + 2)
+    assert result["counters"]["captures"] == 1
+    assert result["counters"]["eager"] == 1
+    assert result["counters"]["replays"] == 2 + 2 - 1 + 2, "warming up and timed, less the first, profiled and compared"
     text = graphs.table(result)
     assert "nlvr2" in text
     assert "differs" not in text

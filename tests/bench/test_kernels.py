@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.kernel_case import DEFAULT_TASKS, Setting, Work, draw
+from bench import kernel_measure
+from bench.kernel_case import DEFAULT_TASKS, Call, Setting, Work, draw
 from bench.kernel_cases import cases
-from bench.kernel_measure import Row, _limited, _TooLong
+from bench.kernel_measure import Ceilings, Row, _limited, _TooLong, measure
 from bench.kernel_peers import PACKAGES
 from bench.kernel_plot import plot
 from bench.kernel_report import append, headline
@@ -63,7 +64,7 @@ def test_work_is_counted_as_by_hand() -> None:
     text, *_ = cases("attention", SMALL, torch.bfloat16, CPU)
     rows = 2 * 5 * 768 * 2
     product = 2 * (2 * 5 * 5) * 768
-    forward, backward = Work(4 * rows, 2 * product), Work(8 * rows, 5 * product)
+    forward, backward = Work(4 * rows, 2 * product), Work(7 * rows, 5 * product)
     assert text.work == {"forward": forward, "backward": backward, "both": forward + backward}
     assert text.longest == 5
     (step,) = cases("adamw", SMALL, torch.bfloat16, CPU)
@@ -199,3 +200,17 @@ def test_help_says_what_the_columns_mean() -> None:
     assert done.returncode == 0
     for word in ("--aot", "share", "× peer", "quantiles", "build/bench/kernels.csv"):
         assert word in done.stdout
+
+
+def test_a_peer_that_fails_is_reported_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention has no float32, for instance."""
+    monkeypatch.setattr(kernel_measure, "missing", lambda name, device: "")
+    case = next(cases("attention", SMALL, torch.float32, CPU))
+
+    def fails() -> Call:
+        raise RuntimeError("only for fp16\nand bf16")
+
+    case = replace(case, peers={"flash_attn": fails, "torch": case.peers["torch"]})
+    rows, skipped = measure(case, CPU, 0.0, Ceilings(CPU, 0.0), compile_seconds=0)
+    assert {row.provider for row in rows if row.provider != "reference"} <= {"native", "torch"}
+    assert [(one.provider, one.reason) for one in skipped] == [("flash_attn", "RuntimeError: only for fp16")]

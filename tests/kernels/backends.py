@@ -11,14 +11,16 @@ from torch import Tensor
 
 from kernels import native_library
 from kernels.backends import using
-from tests.kernels.oracle import normal
+from tests.kernels.oracle import DEVICE, normal
 
-CPU = ["torch", "native"]
-"""Those that a CPU has; `tests/kernels/interpreted` runs the third."""
+HERE = ["torch", "native"] if DEVICE.type == "cpu" else ["torch", "triton"]
+"""Those that the device has; on a CPU `tests/kernels/interpreted` runs the third."""
 
 
 def forced(backend: str) -> Iterator[str]:
     """For a fixture: all ops use this backend while the test runs; skipped where it cannot be had."""
+    if backend == "native" and DEVICE.type != "cpu":
+        pytest.skip("the native kernels are for the CPU")
     if backend == "native" and not native_library.available():
         pytest.skip(f"no native kernels here: {native_library.reason()}")
     with using(backend):

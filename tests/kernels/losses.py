@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from kernels import native_library
-from kernels.backends import using
-
-
-def use(backend: str) -> Iterator[str]:
-    """The body of a fixture: every op uses this backend; skips where there is no native library."""
-    if backend == "native" and not native_library.available():
-        pytest.skip(native_library.reason())
-    with using(backend):
-        yield backend
 
 
 def leaves_of(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -6,12 +6,17 @@ itself stays within a few units of the dtype's rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from kernels.backends import interpreting
 from kernels.rows import Rows
+
+DEVICE = torch.device("cpu" if interpreting() else os.environ.get("STOPGO_TEST_DEVICE", "cpu"))
+"""Where the tests' tensors are; `make gpu` says cuda. What is random is drawn on the CPU: the same numbers everywhere."""
 
 LENGTHS = [1, 2, 7, 63, 64, 65, 101]
 """Ragged on purpose: single rows, primes, and both sides of a tile's end."""
@@ -28,14 +33,20 @@ Inputs = dict[str, Tensor]
 
 def rows_of(lengths: Sequence[int], seed: int = 0) -> Rows:
     """A row space of these lengths, its items with keys of their own."""
-    key = torch.randint(0, 2**32, (len(lengths),), generator=torch.Generator().manual_seed(seed))
+    key = drawn(torch.randint, 0, 2**32, (len(lengths),), seed=seed)
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Rows(cu_seqlens, sum(lengths), max(lengths), key)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """float64 normals."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return drawn(torch.randn, shape, dtype=torch.float64, seed=seed + sum(shape))
+
+
+def drawn(function: Callable[..., Tensor], *arguments: object, seed: int, **options: object) -> Tensor:
+    """torch.randn and the like, from a seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return function(*arguments, **options, generator=generator, device="cpu").to(DEVICE)
 
 
 def check(op: Function, reference: Function, oracle: Function, inputs: Inputs) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import adamw, square_sum
-from tests.kernels.backends import CPU, bits_of, forced
+from tests.kernels.backends import HERE, bits_of, forced
 from tests.kernels.oracle import normal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +18,7 @@ RULE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_
 GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
 
 
-@pytest.fixture(params=CPU, autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 

@@ -16,7 +16,7 @@ from kernels.bias_dropout_residual_layernorm import (
 )
 from kernels.dropout import Dropout, keep_mask_torch, row_tile
 from kernels.rows import Rows
-from tests.kernels.backends import CPU, bits_of, forced, in_float32
+from tests.kernels.backends import HERE, bits_of, forced, in_float32
 from tests.kernels.oracle import ALONE, LENGTHS, check, gradients_are_right, normal, rows_of
 from tests.kernels.philox import keep_row
 
@@ -33,7 +33,7 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=CPU, autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 

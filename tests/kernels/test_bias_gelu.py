@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward, bias_gelu_torch
-from tests.kernels.backends import CPU, bits_of, forced, in_float32
+from tests.kernels.backends import HERE, bits_of, forced, in_float32
 from tests.kernels.oracle import check, gradients_are_right, normal
 
 
-@pytest.fixture(params=CPU, autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kernels.backends import using
 from kernels.dropout import ATTENTION_TILE, Dropout, drop, drop_torch, keep_mask, keep_mask_torch, philox, row_tile
-from tests.kernels.backends import CPU, bits_of, forced
-from tests.kernels.oracle import normal, rows_of
+from tests.kernels.backends import HERE, bits_of, forced
+from tests.kernels.oracle import drawn, normal, rows_of
 from tests.kernels.philox import keep_row, words
 
 KNOWN_ANSWERS = [  # Random123's philox4x32-10: counter, key, words
@@ -34,14 +34,14 @@ WIDTHS = [(8, 8), (7, 8), (1, 8), (9, 16), (63, 64), (65, 64), (101, 64), (200, 
 word = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(params=CPU)
+@pytest.fixture(params=HERE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 
 
 def keys(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2**32, (rows,), generator=generator) for _ in range(2))  # type: ignore[return-value]
+    both = drawn(torch.randint, 0, 2**32, (2, rows), seed=seed)
+    return both[0], both[1]
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -63,7 +63,7 @@ def test_philox_in_64_bit_integers_never_overflows(counter: tuple[int, int, int,
 def test_the_mask_follows_the_rule(width: int, tile: int) -> None:
     dropout = Dropout(0.1, seed=0xFEDCBA98, step=0xFFFFFFFF, site=77)
     row_key, row_index = keys(5)
-    found = keep_mask_torch(dropout, row_key, row_index, width, tile).numpy()
+    found = keep_mask_torch(dropout, row_key, row_index, width, tile).cpu().numpy()
     for row, (key, index) in enumerate(zip(row_key.tolist(), row_index.tolist(), strict=True)):
         expected = keep_row(0xFEDCBA98, 0xFFFFFFFF, 77, 0.1, key, index, width, tile)
         np.testing.assert_array_equal(found[row], expected)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from kernels import masked_rows
 from kernels.masked_lm_loss import masked_lm_loss, masked_lm_loss_torch
-from tests.kernels.losses import in_turn, largest_made, leaves_of, results, use
-from tests.kernels.oracle import check, gradients_are_right, normal
+from tests.kernels.backends import HERE, forced
+from tests.kernels.losses import in_turn, largest_made, leaves_of, results
+from tests.kernels.oracle import check, drawn, gradients_are_right, normal
 
 
-@pytest.fixture(params=["torch", "native"], autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from use(request.param)
+    yield from forced(request.param)
 
 
 def oracle(hidden: Tensor, embeddings: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def inputs(rows: int, vocabulary: int, width: int) -> dict[str, Tensor]:
 
 
 def labels_of(rows: int, vocabulary: int) -> Tensor:
-    return torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(rows))
+    return drawn(torch.randint, 0, vocabulary, (rows,), seed=rows)
 
 
 def checked(rows: int, vocabulary: int, width: int, parts: int = 8, **replaced: Tensor) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from kernels import masked_rows
 from kernels.masked_region_loss import masked_region_loss, masked_region_loss_torch
-from tests.kernels.losses import in_turn, largest_made, leaves_of, results, use
-from tests.kernels.oracle import check, gradients_are_right, normal
+from tests.kernels.backends import HERE, forced
+from tests.kernels.losses import in_turn, largest_made, leaves_of, results
+from tests.kernels.oracle import check, drawn, gradients_are_right, normal
 
 
-@pytest.fixture(params=["torch", "native"], autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from use(request.param)
+    yield from forced(request.param)
 
 
 def oracle(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def test_time_and_memory_against_the_published_way(backend: str, dtype: torch.dt
     if backend == "torch":
         pytest.skip("about the kernels")
     rows, classes, width = 256 * 37, 1601, 1024
-    masked = torch.rand(rows, generator=torch.Generator().manual_seed(0)) < 0.15
+    masked = drawn(torch.rand, rows, seed=0) < 0.15
     leaves, target = leaves_of(inputs(rows, classes, width), dtype), distribution(rows, classes)
     ours = {**leaves, "hidden": leaves["hidden"].detach()[masked].requires_grad_()}, target[masked]
     published = lambda: results(all_regions, leaves, target=target, masked=masked)  # noqa: E731

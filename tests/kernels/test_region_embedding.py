@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.dropout import Dropout, keep_mask_torch, row_tile
 from kernels.region_embedding import region_embedding, region_embedding_torch
 from kernels.rows import Rows
-from tests.kernels.backends import CPU, bits_of, forced, in_float32
-from tests.kernels.oracle import ALONE, LENGTHS, check, gradients_are_right, normal, rows_of
+from tests.kernels.backends import HERE, bits_of, forced, in_float32
+from tests.kernels.oracle import ALONE, LENGTHS, check, drawn, gradients_are_right, normal, rows_of
 from tests.kernels.test_bias_dropout_residual_layernorm import dropped, layer_norm
 
 DROPOUTS = [None, Dropout(0.1, 5, 6, 7)]
@@ -28,7 +28,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=CPU, autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 
@@ -65,7 +65,7 @@ def inputs(rows: int, width: int) -> dict[str, Tensor]:
 
 def boxes_of(rows: int) -> Tensor:
     """float32 [rows, 5], of values that bfloat16 has too."""
-    return torch.rand(rows, 5, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    return drawn(torch.rand, rows, 5, seed=1).bfloat16().float()
 
 
 def checked(lengths: list[int], width: int, dropout: Dropout | None) -> None:

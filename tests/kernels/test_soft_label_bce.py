@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from kernels.soft_label_bce import soft_label_bce, soft_label_bce_torch
-from tests.kernels.losses import leaves_of, results, use
+from tests.kernels.backends import HERE, forced
+from tests.kernels.losses import leaves_of, results
 from tests.kernels.oracle import check, gradients_are_right, normal
 
 
-@pytest.fixture(params=["torch", "native"], autouse=True)
+@pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from use(request.param)
+    yield from forced(request.param)
 
 
 SPARSE: list[tuple[int, list[list[tuple[int, float]]]]] = [

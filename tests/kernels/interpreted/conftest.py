@@ -5,16 +5,20 @@ of their own, with TRITON_INTERPRET=1 from the start: `tests/kernels/test_triton
 from __future__ import annotations
 
 from kernels.backends import interpreting
+from tests.kernels.oracle import DEVICE
 
 collect_ignore_glob: list[str] = []
 if interpreting():
     from tests.kernels import interpreter
 
     interpreter.install()
-else:
+elif DEVICE.type == "cpu":
     collect_ignore_glob.append("test_*.py")
+else:  # the same tests, of compiled kernels
+    collect_ignore_glob.append("test_interpreter.py")
 
 
 def pytest_report_collectionfinish() -> str:
-    where = "tests/kernels/interpreted"
-    return "" if interpreting() else f"{where}: not here, TRITON_INTERPRET=1 is not set (test_triton.py runs them)"
+    if interpreting() or DEVICE.type != "cpu":
+        return ""
+    return "tests/kernels/interpreted: not here, TRITON_INTERPRET=1 is not set (test_triton.py runs them)"

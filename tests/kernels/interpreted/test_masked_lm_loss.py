@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.losses import use
+from tests.kernels.backends import forced
 from tests.kernels.test_masked_lm_loss import (
     test_against_the_oracle,
     test_gradients,
@@ -32,4 +32,4 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[str]:
-    yield from use("triton")
+    yield from forced("triton")

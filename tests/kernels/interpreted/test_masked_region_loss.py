@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.losses import use
+from tests.kernels.backends import forced
 from tests.kernels.test_masked_region_loss import (
     test_a_perfect_prediction_costs_nothing,
     test_a_second_backward_is_the_first,
@@ -44,4 +44,4 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[str]:
-    yield from use("triton")
+    yield from forced("triton")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.losses import use
+from tests.kernels.backends import forced
 from tests.kernels.test_soft_label_bce import (
     test_a_small_gradient_survives_float16,
     test_against_the_oracle,
@@ -30,4 +30,4 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[str]:
-    yield from use("triton")
+    yield from forced("triton")
