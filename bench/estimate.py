@@ -18,6 +18,8 @@ OURS = "ours"
 
 _OVERHEAD = {OURS: 0.5, "authors": 0.5, "stock": 3.0}
 """Time outside of products, over the time in them."""
+START_S = 10
+"""A provider's process: imports, weights."""
 _UPDATE_NS = {OURS: 1.0, "authors": 3.0, "stock": 1.0}
 """Nanoseconds of the update per parameter."""
 _DTYPES = {"authors": torch.float32, "stock": torch.bfloat16}

@@ -75,11 +75,11 @@ class Stepper:
     def __init__(self, setting: Setting, graphs: Callable[[ViLBERT], Graphs] | None = None) -> None:
         run, rows = setting.run, load_table().default_tasks()
         self.setting, self._loss_scale = setting, loss_scale(rows)
-        assembly._use_kernels(run, setting.device, lambda line: None)
+        assembly.use_kernels(run, setting.device, lambda line: None)
         model = ViLBERT(run.model, PUBLISHED_HEADS)
         model.initialise(run.seed)
         self.model = model.to(setting.device)
-        self.optimizer = assembly._optimizer(run, rows, self.model)
+        self.optimizer = assembly.build_optimizer(run, rows, self.model)
         self.graphs = graphs(self.model) if graphs else Graphs(self.model, setting.device)
         self._steps = 0
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = load(RUN, [f"model={arguments.model}", "device=cuda", *arguments.overrides])
-        setting = Setting(run, arguments.batch, assembly._device(run))
+        setting = Setting(run, arguments.batch, assembly.device_of(run))
         names = None if arguments.tasks == "all" else arguments.tasks.split(",")
         rows = load_table().default_tasks() if names is None else [load_table().row(name) for name in names]
     except BadInput as error:

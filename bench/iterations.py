@@ -27,7 +27,7 @@ import torch
 
 from bench import comparison_report, lengths, run_batches
 from bench.comparison import compare, duration
-from bench.estimate import OURS, Estimate, gemm_rates
+from bench.estimate import OURS, START_S, Estimate, gemm_rates
 from bench.memory import total_bytes
 from bench.provider import Setting
 from bench.timing import conditions
@@ -115,12 +115,13 @@ def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plot and not peers:
         raise BadInput("--plot", "there are no ratios to draw without peers")
     run = _run(arguments)
-    setting = Setting(run, arguments.batch, assembly._device(run))
+    setting = Setting(run, arguments.batch, assembly.device_of(run))
     rates = gemm_rates(setting.device)
     estimate = Estimate(run.model, getattr(torch, run.precision), arguments.batch, rates, lengths.load())
-    expected = sum(estimate.task_s(row, [OURS, *peers], arguments.rounds) for row in rows)
+    providers = [OURS, *peers]
+    expected = sum(estimate.task_s(row, providers, arguments.rounds) for row in rows) + START_S * len(providers)
     _say(
-        f"{len(rows)} tasks, {arguments.rounds} rounds of {', '.join([OURS, *peers])}, batch {arguments.batch}: "
+        f"{len(rows)} tasks, {arguments.rounds} rounds of {', '.join(providers)}, batch {arguments.batch}: "
         f"about {duration(expected)}"
     )
     around, started, load_before = conditions(setting.device), time.perf_counter(), os.getloadavg()[0]

@@ -38,11 +38,11 @@ class Ours:
         rows = load_table().default_tasks()
         self._loss_scale = loss_scale(rows)
         # The run's own builders, or this would measure a copy of them.
-        assembly._use_kernels(run, setting.device, lambda line: None)
+        assembly.use_kernels(run, setting.device, lambda line: None)
         model = ViLBERT(run.model, PUBLISHED_HEADS)
         model.initialise(run.seed)
         self.model = model.to(setting.device)
-        self.optimizer = assembly._optimizer(run, rows, self.model)
+        self.optimizer = assembly.build_optimizer(run, rows, self.model)
         # As the loop has them: batches in shape buckets, and graphs that copy them to the device.
         self._grid = buckets.Grid.fitting(run.model.max_position_embeddings) if run.cuda_graphs else None
         self._graphs = Graphs(self.model, setting.device) if run.cuda_graphs else None

@@ -79,10 +79,10 @@ class Parts:
 def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: None) -> Parts:
     """Build a run's parts. Raises BadInput naming the file, key or record that cannot be used."""
     table, rows = load_tasks(config)
-    device = _device(config)
+    device = device_of(config)
     if config.cuda_graphs:
         refuse_without_gpu(device)
-    _use_kernels(config, device, say)
+    use_kernels(config, device, say)
     sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
     if len(tokenizer) > config.model.vocab_size:
@@ -98,7 +98,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
     _verify_stores(tasks, say)
     model = _model(config, table, rows, answers, say).to(device)
-    return Parts(config, table, tasks, model, _optimizer(config, rows, model), device)
+    return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
 
 
 def data_spec(row: TaskRow, head: HeadRow) -> DataSpec:
@@ -194,7 +194,7 @@ def _model(
     return model
 
 
-def _optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
+def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
     """Brings the float32 model to the run's precision; masters keep what rounding takes from the parameters."""
     exact: dict[nn.Parameter, Tensor] = {}
     if config.precision != "float32":
@@ -209,7 +209,7 @@ def _optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> 
     return optimizer
 
 
-def _use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> None:
+def use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> None:
     """Take the run's choice of backends, and say in one line what every op uses."""
     backends.use(config.kernels)
     by_backend: dict[str, list[str]] = {}
@@ -223,7 +223,8 @@ def _use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], N
     say("; ".join([f"kernels: {main}", *rest]))
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """The run's device; also sets the number of CPU threads. BadInput where CUDA is asked for and there is none."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -4,7 +4,7 @@
 
 Shapes: Tq, Tk rows of all items; N heads of D; item i of `q_rows` attends item i of `k_rows` and nothing else.
 q, k, v are [rows, N * D] and may be strided views into one packed projection; no permuted copies are asked of the caller.
-Backward computes the probabilities again from their rows' log-sums and draws the dropout mask again.
+Backward computes the probabilities again, from their rows' sums, and draws the dropout mask again.
 
 The Triton kernels stand in `attention_triton.py`: they serve `coattention` too.
 """
@@ -42,8 +42,9 @@ class Direction(NamedTuple):
     dropout: Dropout | None
     context: Tensor
     """[Tq, N * D], written by forward, read by backward."""
-    lse: Tensor
-    """float32, Tq * N values in the backend's own order: the logarithm of each row's sum of exponentials."""
+    sums: Tensor
+    """float32, 2 * Tq * N values, what backward needs of each row's softmax, in the backend's own form: the logarithm of the
+    sum of exponentials (native), or the largest score and the sum of exponentials of what is left (Triton)."""
 
 
 class Gradients(NamedTuple):
@@ -74,8 +75,8 @@ def direction(
         if x.shape[0] != rows.total:
             raise ValueError(f"{name} has {x.shape[0]} rows, its items have {rows.total}")
     context = torch.empty(q_rows.total, width, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q_rows.total * heads, dtype=torch.float32, device=q.device)
-    return Direction(as_rows(q), as_rows(k), as_rows(v), q_rows, k_rows, dropout, context, lse)
+    sums = torch.empty(2 * q_rows.total * heads, dtype=torch.float32, device=q.device)
+    return Direction(as_rows(q), as_rows(k), as_rows(v), q_rows, k_rows, dropout, context, sums)
 
 
 def gradients(of: Direction, dcontext: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
@@ -118,7 +119,7 @@ def _native_direction(d: Direction, gradients: Gradients | None = None) -> _Nati
         q=pointer(d.q), k=pointer(d.k), v=pointer(d.v),
         q_stride=d.q.stride(0), k_stride=d.k.stride(0), v_stride=d.v.stride(0),
         cu_q=pointer(d.q_rows.cu_seqlens), cu_k=pointer(d.k_rows.cu_seqlens), item_key=pointer(d.q_rows.item_key),
-        out=pointer(d.context), out_stride=d.context.stride(0), lse=pointer(d.lse),
+        out=pointer(d.context), out_stride=d.context.stride(0), lse=pointer(d.sums),
     )  # fmt: skip
     if d.dropout is not None:
         native.seed, native.step, native.site = d.dropout.seed, int(d.dropout.step), d.dropout.site
@@ -150,7 +151,7 @@ def _backward_native(directions: Sequence[Direction], gradients: Sequence[Gradie
 
 
 FORWARD: dict[str, Forward] = {"triton": attention_triton.forward, "native": _forward_native}
-"""Writes context and lse of every direction."""
+"""Writes context and sums of every direction."""
 
 BACKWARD: dict[str, Backward] = {"triton": attention_triton.backward, "native": _backward_native}
 """Writes dq, dk and dv of every direction."""

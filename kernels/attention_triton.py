@@ -63,8 +63,8 @@ class _Inputs(NamedTuple):
     threshold: Any
     context: Any
     context_stride: Any
-    lse: Any
-    lse_stride: Any
+    sums: Any
+    rows: Any
 
 
 class _Gradients(NamedTuple):
@@ -159,7 +159,7 @@ def _forward_tile(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Context and lse (to base 2) of one tile of queries. ALL: one tile holds every key."""
+    """Context and sums of one tile of queries. ALL: one tile holds every key."""
     q_first, queries = _span(x.cu_q, item)
     if tile * BLOCK_Q < queries:
         k_first, keys = _span(x.cu_k, item)
@@ -195,22 +195,29 @@ def _forward_tile(
                     p = tl.where(_kept(x, item, head, row, first, BLOCK_Q, BLOCK_K), p, 0.0)
                 context = context * shrink[:, None] + _dot(p.to(v.dtype), v)
                 largest = new_largest
-        if DROPOUT:
-            context *= (_scale_of_kept(x.threshold) / total)[:, None]
-        else:
-            context /= total[:, None]
+        context *= ((_scale_of_kept(x.threshold) if DROPOUT else 1.0) / total)[:, None]
         base = _at(x.context, x.context_stride, q_first, head, HEAD_DIM)
         _write(base, x.context_stride, row, queries, context, HEAD_DIM, BLOCK_D)
-        tl.store(x.lse + head * x.lse_stride + q_first + row, largest + tl.log2(total), mask=row < queries)
+        place = x.sums + head * 2 * x.rows + q_first + row
+        tl.store(place, largest, mask=row < queries)
+        tl.store(place + x.rows, total, mask=row < queries)
+
+
+@triton.jit
+def _read_sums(x, head, q_first, row, queries):
+    """The largest score of each row, and one over its sum of exponentials; (0, 1) past the item's end."""
+    place, exists = x.sums + head * 2 * x.rows + q_first + row, row < queries
+    return tl.load(place, mask=exists, other=0.0), 1.0 / tl.load(place + x.rows, mask=exists, other=1.0)
 
 
 @triton.jit
 def _again(
-    x, item, head, q, k, v, do, lse, row, first_column, keys, scale,
+    x, item, head, q, k, v, do, largest, inverse, row, first_column, keys, scale,
     DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(P, M ∘ P without M's scale in the inputs' type, dP) of a tile."""
-    p = tl.exp2(_scores(q, k, scale, first_column + tl.arange(0, BLOCK_K), keys) - lse[:, None])
+    scores = _scores(q, k, scale, first_column + tl.arange(0, BLOCK_K), keys)
+    p = tl.exp2(scores - largest[:, None]) * inverse[:, None]
     dp = _dot(do, tl.trans(v))
     kept_p = p
     if DROPOUT:
@@ -244,9 +251,9 @@ def _backward_keys(
             row = first + tl.arange(0, BLOCK_Q)
             q = _read(q_base, x.q_stride, row, queries, HEAD_DIM, BLOCK_D)
             do = _read(do_base, g.dcontext_stride, row, queries, HEAD_DIM, BLOCK_D)
-            lse = tl.load(x.lse + head * x.lse_stride + q_first + row, mask=row < queries, other=0.0)
+            largest, inverse = _read_sums(x, head, q_first, row, queries)
             p, kept_p, dp = _again(
-                x, item, head, q, k, v, do, lse, row, first_key, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K
+                x, item, head, q, k, v, do, largest, inverse, row, first_key, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K
             )
             dv += _dot(tl.trans(kept_p), do)
             if ALL:
@@ -284,7 +291,7 @@ def _backward_queries(
         o = _read(o_base, x.context_stride, row, queries, HEAD_DIM, BLOCK_D)
         do = _read(do_base, g.dcontext_stride, row, queries, HEAD_DIM, BLOCK_D)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        lse = tl.load(x.lse + head * x.lse_stride + q_first + row, mask=row < queries, other=0.0)
+        largest, inverse = _read_sums(x, head, q_first, row, queries)
         k_base = _at(x.k, x.k_stride, k_first, head, HEAD_DIM)
         v_base = _at(x.v, x.v_stride, k_first, head, HEAD_DIM)
         dk_base = _at(g.dk, g.dk_stride, k_first, head, HEAD_DIM)
@@ -294,7 +301,9 @@ def _backward_queries(
             column = first + tl.arange(0, BLOCK_K)
             k = _read(k_base, x.k_stride, column, keys, HEAD_DIM, BLOCK_D)
             v = _read(v_base, x.v_stride, column, keys, HEAD_DIM, BLOCK_D)
-            p, kept_p, dp = _again(x, item, head, q, k, v, do, lse, row, first, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K)
+            p, kept_p, dp = _again(
+                x, item, head, q, k, v, do, largest, inverse, row, first, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K
+            )
             ds = (p * (dp - delta[:, None])).to(q.dtype)
             dq += _dot(ds, k)
             if ALL:
@@ -322,7 +331,7 @@ def _backward_tile(
 # The kernels. Each has two parts, a and b, with programs of their own in one grid: (items * heads, tiles of a, then of b).
 
 _VARYING = [
-    *(f"{name}_{part}" for name in ("seed", "site", "threshold", "lse_stride") for part in "ab"),
+    *(f"{name}_{part}" for name in ("seed", "site", "threshold", "rows") for part in "ab"),
     *("heads", "tiles_a"),
 ]
 """Integers whose value must not decide what is compiled."""
@@ -331,9 +340,9 @@ _VARYING = [
 @triton.jit(do_not_specialize=_VARYING)
 def _forward(
     q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
-    step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, lse_a, lse_stride_a,
+    step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, sums_a, rows_a,
     q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
-    step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, lse_b, lse_stride_b,
+    step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, sums_b, rows_b,
     heads, scale, tiles_a,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q_A: tl.constexpr, BLOCK_K_A: tl.constexpr, ALL_A: tl.constexpr,
@@ -343,13 +352,13 @@ def _forward(
     if TWO and tile >= tiles_a:
         b = _Inputs(
             q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
-            step_b, seed_b, site_b, threshold_b, context_b, context_stride_b, lse_b, lse_stride_b,
+            step_b, seed_b, site_b, threshold_b, context_b, context_stride_b, sums_b, rows_b,
         )  # fmt: skip
         _forward_tile(b, item, head, tile - tiles_a, scale, HEAD_DIM, BLOCK_D, DROPOUT, BLOCK_Q_B, BLOCK_K_B, ALL_B)
     else:
         a = _Inputs(
             q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
-            step_a, seed_a, site_a, threshold_a, context_a, context_stride_a, lse_a, lse_stride_a,
+            step_a, seed_a, site_a, threshold_a, context_a, context_stride_a, sums_a, rows_a,
         )  # fmt: skip
         _forward_tile(a, item, head, tile, scale, HEAD_DIM, BLOCK_D, DROPOUT, BLOCK_Q_A, BLOCK_K_A, ALL_A)
 
@@ -357,10 +366,10 @@ def _forward(
 @triton.jit(do_not_specialize=_VARYING)
 def _backward(
     q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
-    step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, lse_a, lse_stride_a,
+    step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, sums_a, rows_a,
     dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a,
     q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
-    step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, lse_b, lse_stride_b,
+    step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, sums_b, rows_b,
     dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b,
     heads, scale, tiles_a,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
@@ -371,7 +380,7 @@ def _backward(
     if TWO and tile >= tiles_a:
         b = _Inputs(
             q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
-            step_b, seed_b, site_b, threshold_b, context_b, context_stride_b, lse_b, lse_stride_b,
+            step_b, seed_b, site_b, threshold_b, context_b, context_stride_b, sums_b, rows_b,
         )  # fmt: skip
         gb = _Gradients(dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b)
         _backward_tile(
@@ -381,7 +390,7 @@ def _backward(
     else:
         a = _Inputs(
             q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
-            step_a, seed_a, site_a, threshold_a, context_a, context_stride_a, lse_a, lse_stride_a,
+            step_a, seed_a, site_a, threshold_a, context_a, context_stride_a, sums_a, rows_a,
         )  # fmt: skip
         ga = _Gradients(dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a)
         _backward_tile(
@@ -506,7 +515,7 @@ def _inputs(d: Direction) -> _Inputs:
     return _Inputs(
         d.q, d.k, d.v, d.q.stride(0), d.k.stride(0), d.v.stride(0),
         d.q_rows.cu_seqlens, d.k_rows.cu_seqlens, d.q_rows.item_key, step, seed, site, threshold,
-        d.context, d.context.stride(0), d.lse, d.q_rows.total,
+        d.context, d.context.stride(0), d.sums, d.q_rows.total,
     )  # fmt: skip
 
 
@@ -516,7 +525,7 @@ def _gradients(g: Gradients) -> _Gradients:
 
 
 def forward(directions: Sequence[Direction], heads: int) -> None:
-    """Context and lse ([heads, Tq], to base 2) of one or two directions, in one launch."""
+    """Context and sums of one or two directions, in one launch."""
     items = directions[0].q_rows.n
     if not items:
         return
@@ -556,8 +565,8 @@ _TYPES = {
     **dict.fromkeys(("item_key", "step"), "*i64"),
     **dict.fromkeys(("seed", "site", "threshold"), "u32"),
     **dict.fromkeys((f"{name}_stride" for name in ("q", "k", "v", "context", "dcontext", "dq", "dk", "dv")), "i32:16"),
-    "lse": "*fp32",
-    "lse_stride": "i32",
+    "sums": "*fp32",
+    "rows": "i32",
 }
 """Of the arguments of either part that are not tensors of the op's dtype."""
 

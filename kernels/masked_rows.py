@@ -121,7 +121,7 @@ def _reduce_tiles(
     else:
         t = _target(target, row, column, n_rows, classes)
         cost = tl.sum(t * (tl.log(tl.where(t > 0, t, 1.0)) - z), 1)
-        mass = tl.sum(t, 1)
+        mass = tl.sum(tl.where(z <= 0, t, 0.0), 1)
 
     plane = tl.num_programs(1).to(tl.int64) * n_rows
     partials += tl.program_id(1).to(tl.int64) * n_rows + row

@@ -167,11 +167,11 @@ def test_headline_ratios_are_peers_over_ours_in_the_mean_of_shapes(tmp_path: Pat
         replace(short, task="guesswhat_306", median_us=1.0),
     ]
     found = headline(rows)
-    assert found["layernorm"] == {"torch, float32": {"median": 2.83, "least": 1.0}}  # √(2 · 4)
+    assert found["layernorm"] == {"torch, float32": {"median": 2.83, "least": 1.0, "worst": 2.0}}  # √(2 · 4)
     assert found["masked_region_loss_against_all_regions"] == {
-        "float32": {"median": 5.0, "least": 3.0, "memory": 0.05, "memory_beyond_gradients": 0.03}
+        "float32": {"median": 5.0, "least": 3.0, "worst": 5.0, "memory": 0.05, "memory_beyond_gradients": 0.03}
     }
-    assert found["short_attention_bfloat16"] == {"sdpa": {"median": 4.0, "least": 1.0}}
+    assert found["short_attention_bfloat16"] == {"sdpa": {"median": 4.0, "least": 1.0, "worst": 4.0}}
     plot(tmp_path / "p.png", rows, {"device": "d", "isa": "i", "threads": "1", "torch": "t"})
     assert (tmp_path / "p.png").stat().st_size > 10_000
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kernels import attention_triton
+from kernels.coattention import coattention
 from tests.kernels.backends import forced, gradients_are_right_along
+from tests.kernels.test_attention import in_one_dtype
 from tests.kernels.test_coattention import (
     DROPOUTS,
     HEADS,
     Dropouts,
     check_coattention,
-    coattention,
-    in_one_dtype,
     inputs,
     pairs_of,
     results,
@@ -54,22 +54,17 @@ class Counted:
 
 @pytest.mark.parametrize("dropouts", DROPOUTS, ids=["no dropout", "both", "text alone"])
 def test_against_the_oracle(dropouts: Dropouts) -> None:
-    check_coattention(*pairs_of([1, 2, 7], [13, 1, 20]), dropouts)
+    check_coattention(*pairs_of([1, 7], [20, 2]), dropouts)
 
 
 @pytest.mark.parametrize(
     ("texts", "images"),
-    [([11, 31], [101, 40]), ([63], [65]), ([101], [31]), ([40, 1], [37, 64])],
+    [([11, 31], [101, 40]), ([63], [65]), ([101], [31]), ([40, 1], [37, 64]), ([65], [66])],
     ids=str,
 )
-def test_either_side_short(monkeypatch: pytest.MonkeyPatch, texts: list[int], images: list[int]) -> None:
+def test_either_side_short_or_long(monkeypatch: pytest.MonkeyPatch, texts: list[int], images: list[int]) -> None:
     in_one_dtype(monkeypatch, torch.bfloat16)
     check_coattention(*pairs_of(texts, images), DROPOUTS[1])
-
-
-def test_long_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_one_dtype(monkeypatch, torch.bfloat16)
-    check_coattention(*pairs_of([70, 2], [101, 65]), DROPOUTS[1])
 
 
 @pytest.mark.parametrize(("texts", "images"), [([12], [70]), ([40], [70]), ([65], [70])], ids=str)
@@ -80,7 +75,7 @@ def test_wide_heads(monkeypatch: pytest.MonkeyPatch, texts: list[int], images: l
 
 
 @pytest.mark.parametrize(
-    ("texts", "images", "launches"), [([5, 12], [40, 101], 1), ([64], [65], 1), ([65], [70], 2)], ids=str
+    ("texts", "images", "launches"), [([5, 12], [40, 65], 1), ([64], [65], 1), ([65], [66], 2)], ids=str
 )
 def test_both_directions_share_their_launches(
     monkeypatch: pytest.MonkeyPatch, texts: list[int], images: list[int], launches: int
@@ -103,5 +98,5 @@ def test_gradients(dropouts: Dropouts) -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    first, second = (results([33, 1], [70, 12], torch.bfloat16, DROPOUTS[1]) for _ in range(2))
+    first, second = (results([3], [70], torch.bfloat16, DROPOUTS[1]) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
