@@ -46,7 +46,7 @@ format: $(READY)
 # The engine builds the native kernels by itself when it first needs them; this does it now, with cmake where there is one.
 native: $(READY)
 	@if command -v cmake >/dev/null && command -v "$${CXX:-c++}" >/dev/null; \
-	then cmake -S . -B build/cmake && cmake --build build/cmake; \
+	then cmake -S . -B build/cmake && cmake --build build/cmake -j2; \
 	else $(BIN)/python -c 'from kernels.native_library import available; available()'; fi
 
 # A stand-alone binary over the C interface, under the address and undefined-behaviour sanitizers.

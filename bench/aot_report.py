@@ -18,7 +18,7 @@ from bench.traffic import Counted, count_all, within
 def run(ops: Sequence[str], archs: Sequence[str], jobs: int, json_path: Path | None) -> int:
     """Prints two tables; 1 where a kernel spills, lacks tensor-core instructions or cannot be compiled or run, else 0."""
     compiled = check([f"kernels.{op}" for op in ops], archs, jobs, _Progress())
-    print(variants_table(compiled))
+    print(variants_table(compiled), flush=True)
     traffic = count_all(ops, jobs, lambda op: print(f"counted the bytes of {op}", file=sys.stderr))
     counted = [case for cases in traffic.values() if not isinstance(cases, str) for case in cases]
     failed = {op: why for op, why in traffic.items() if isinstance(why, str)}

@@ -440,7 +440,7 @@ class _Sizes(NamedTuple):
     def forward(self, direction: int, queries: int, keys: int) -> _Part:
         """For items of up to so many queries and keys."""
         if self.full:
-            block_q, block_k = 16, 32
+            block_q, block_k = 16, 16
         elif self.wide and max(queries, keys) <= 64:
             block_q, block_k = 64, 64
         else:

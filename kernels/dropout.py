@@ -76,7 +76,7 @@ def draw(seed, step, item, row, block, site):
     k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
     c0, c1, c2, c3 = item.to(tl.uint32), row.to(tl.uint32), block.to(tl.uint32), site.to(tl.uint32)
     for _ in tl.static_range(10):
-        # One wide product where tl.philox makes two, a low and a high one.
+        # Wide products: on sm_80 and sm_90 fewer multiplications than the low and high ones of tl.philox.
         p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
         c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)

@@ -10,7 +10,8 @@ class (masked words: the divergence is then the cross-entropy). With top_r = max
 so logits are never stored, and what has their size is made for a chunk of rows at a time:
 
 - Triton: a program computes one tile of logits and leaves four numbers a row of it; a second kernel puts those together in
-  order. Backward computes the tiles again, writes dz for a chunk of rows, and leaves the rest to two plain products.
+  order, and adds Σ t log t, which needs no logits. Backward computes the tiles again, writes dz for a chunk of rows, and
+  leaves the rest to two plain products.
 - Native: logits of a chunk of rows are overwritten by their dz, which goes into the gradients at once, in forward: no product
   is done twice. Backward scales them. A second backward through the same graph makes them again.
 
@@ -106,7 +107,7 @@ def _reduce_tiles(
     hidden, rows, weight, bias, target, partials, n_rows, classes, width,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """partials float32 [4, class tiles, n_rows]: of each row in each tile top, Σ exp(z − top), Σ t (log t − z + top), Σ t."""
+    """partials float32 [4, class tiles, n_rows]: of each row in each tile top, Σ exp(z − top), Σ t (z − top), Σ t."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
     z = _logits(hidden, rows, weight, bias, row, column, n_rows, classes, width, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_WIDTH)
@@ -116,25 +117,28 @@ def _reduce_tiles(
     total = tl.sum(tl.where((column < classes)[None, :], tl.exp(z), 0.0), 1)
     if target.dtype.element_ty.is_int():
         label = tl.load(target + row, row < n_rows, -1).to(tl.int32)
-        cost = -tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
+        hit = tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
         mass = (label // BLOCK_CLASSES == tl.program_id(1)).to(tl.float32)
     else:
         t = _target(target, row, column, n_rows, classes)
-        cost = tl.sum(t * (tl.log(tl.where(t > 0, t, 1.0)) - z), 1)
-        mass = tl.sum(tl.where(z <= 0, t, 0.0), 1)
+        hit = tl.sum(t * z, 1)
+        mass = tl.sum(t, 1)
 
     plane = tl.num_programs(1).to(tl.int64) * n_rows
     partials += tl.program_id(1).to(tl.int64) * n_rows + row
     inside = row < n_rows
     tl.store(partials, top, inside)
     tl.store(partials + plane, total, inside)
-    tl.store(partials + 2 * plane, cost, inside)
+    tl.store(partials + 2 * plane, hit, inside)
     tl.store(partials + 3 * plane, mass, inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "tiles"])
-def _combine_tiles(partials, loss, lse, mass, n_rows, tiles, BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr):
-    """loss, lse, mass: float32 [n_rows], from the partials of all tiles."""
+@triton.jit(do_not_specialize=["n_rows", "classes", "tiles"])
+def _combine_tiles(
+    partials, target, loss, lse, mass, n_rows, classes, tiles,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """loss, lse, mass: float32 [n_rows], from the partials of all tiles and Σ t log t."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.arange(0, BLOCK_TILES)
     plane = tiles.to(tl.int64) * n_rows
@@ -145,9 +149,14 @@ def _combine_tiles(partials, loss, lse, mass, n_rows, tiles, BLOCK_ROWS: tl.cons
     below = tl.where(inside, tops - top[None, :], 0.0)
     total = tl.sum(tl.load(partials + plane, inside, 0.0) * tl.exp(below), 0)
     masses = tl.load(partials + 3 * plane, inside, 0.0)
-    cost = tl.sum(tl.load(partials + 2 * plane, inside, 0.0) - masses * below, 0)
+    hit = tl.sum(tl.load(partials + 2 * plane, inside, 0.0) + masses * below, 0)
     whole = tl.sum(masses, 0)
-    tl.store(loss + row, cost + whole * tl.log(total), row < n_rows)
+    cost = whole * tl.log(total) - hit
+    if not target.dtype.element_ty.is_int():
+        for start in range(0, classes, BLOCK_CLASSES):
+            t = _target(target, row, start + tl.arange(0, BLOCK_CLASSES), n_rows, classes)
+            cost += tl.sum(t * tl.log(tl.where(t > 0, t, 1.0)), 1)
+    tl.store(loss + row, cost, row < n_rows)
     tl.store(lse + row, top + tl.log(total), row < n_rows)
     tl.store(mass + row, whole, row < n_rows)
 
@@ -196,7 +205,8 @@ _DLOGITS_BYTES = 2**26
 def _combined(tiles: int) -> dict[str, int]:
     """Shape of a program that puts `tiles` tiles together: all of them, and as many rows as registers hold."""
     block = triton.next_power_of_2(tiles)
-    return {"BLOCK_ROWS": min(max(2048 // block, 1), 16), "BLOCK_TILES": block}
+    rows = min(max(2048 // block, 1), 16)
+    return {"BLOCK_ROWS": rows, "BLOCK_TILES": block, "BLOCK_CLASSES": 2048 // rows}
 
 
 class _Triton(torch.autograd.Function):
@@ -233,7 +243,7 @@ def _triton_forward(x: MaskedRows) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
         combined = _combined(tiles)
         _combine_tiles[(triton.cdiv(m, combined["BLOCK_ROWS"]),)](
-            partials, loss, lse, mass, m, tiles, **combined, num_warps=4, num_stages=1
+            partials, x.target, loss, lse, mass, m, classes, tiles, **combined, num_warps=4, num_stages=1
         )
     return loss.sum() / max(m, 1), lse, mass
 
@@ -414,9 +424,10 @@ _TRITON_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16:
 
 def variants_of(op: str, classes: int, targets: Mapping[torch.dtype, Sequence[str]]) -> list[Variant]:
     """Every kernel that `op` can launch. `targets`: Triton's names of the target's type, by dtype of hidden."""
-    found = [_combining(op, classes, dtype) for dtype in targets]
+    found = []
     for dtype, types in targets.items():
         for target in types:
+            found.append(_combining(op, classes, dtype, target))
             found += [*_products(op, dtype, target, gathered=False), *_products(op, dtype, target, gathered=True)]
     return found
 
@@ -444,15 +455,17 @@ def _products(op: str, dtype: torch.dtype, target: str, gathered: bool) -> Itera
         )
 
 
-def _combining(op: str, classes: int, dtype: torch.dtype) -> Variant:
+def _combining(op: str, classes: int, dtype: torch.dtype, target: str) -> Variant:
     combined = _combined(triton.cdiv(classes, _TILES[dtype].classes))
     return Variant(
         op=op,
-        name=f"forward, {combined['BLOCK_TILES']} tiles put together",
+        name=f"forward, {target.strip('*')} target, tiles put together",
         kernel=_combine_tiles,
         signature={
-            **dict.fromkeys(("partials", "loss", "lse", "mass"), "*fp32"),
-            **dict.fromkeys(("n_rows", "tiles"), "i32"),
+            "partials": "*fp32",
+            "target": target,
+            **dict.fromkeys(("loss", "lse", "mass"), "*fp32"),
+            **dict.fromkeys(("n_rows", "classes", "tiles"), "i32"),
             **dict.fromkeys(combined, "constexpr"),
         },
         constexprs={**combined},

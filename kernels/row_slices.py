@@ -2,8 +2,8 @@
 
 A row is held as eight slices of columns, [ROWS, BLOCK] each, slice i being columns i * EIGHTH to (i + 1) * EIGHTH of the
 row: those that use 16-bit lane i of a dropout draw (`kernels/dropout.py`), so one draw serves eight values and none has to
-move between threads. BLOCK is EIGHTH rounded up to a power of two. Two warps share a row of 1024 columns: with one, the column
-sums of backward do not fit into its registers; with more, they wait for each other at the sums along the row.
+move between threads. BLOCK is EIGHTH rounded up to a power of two. Two warps share a row of 1024 columns: with one, the
+column sums of backward do not fit into its registers.
 
 Column sums (gradients of biases and norms) are made in two steps: each program sums the rows of its chunk, in float32,
 and `fold_kernel` adds up the chunks in order. The chunks follow from the number of rows alone, so bits do not depend on
@@ -104,6 +104,7 @@ def products(a, b):
 @triton.jit
 def store_column_sums(partial, slices, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
     """Sums over the rows of eight slices [ROWS, BLOCK], into float32 [WIDTH] at `partial`."""
+    # Joined into one tensor, so that warps meet once and not eight times; its last axis counts slices with their bits reversed.
     s = slices
     pairs = tl.join(tl.join(s[0], s[1]), tl.join(s[2], s[3])), tl.join(tl.join(s[4], s[5]), tl.join(s[6], s[7]))
     sums = tl.reshape(tl.sum(tl.join(pairs[0], pairs[1]), 0), (BLOCK, 8))

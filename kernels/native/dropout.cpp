@@ -10,7 +10,7 @@ template <class T>
 void dropout(const Site& site, int64_t rows, int64_t width, const T* x, const int64_t* row_key, const int64_t* row_index,
              T* y) {
   if (site.threshold == 0) {
-    std::memmove(y, x, static_cast<size_t>(rows * width) * sizeof(T));
+    if (rows > 0 && y != x) std::memcpy(y, x, static_cast<size_t>(rows * width) * sizeof(T));
     return;
   }
   const float scale = site.scale();

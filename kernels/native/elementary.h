@@ -19,14 +19,14 @@ STOPGO_INLINE Floats exp(Floats x) {
   x = x < -104.0f ? broadcast(-104.0f) : x;
   x = x > 89.0f ? broadcast(89.0f) : x;
   // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer; ln 2 is split so that n times its first part is exact.
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const Floats tail = (((1.38146128e-3f * r + 8.36871006e-3f) * r + 4.16683890e-2f) * r + 1.66665211e-1f) * r + 0.5f;
   const Floats y = tail * (r * r) + r + 1.0f;
 #if defined(__AVX512BW__)
   return _mm512_scalef_ps(y, n);
 #else
-  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;  // in two steps: 2^n itself may be out of range
+  const Ints whole = bits_as<Ints>(shifted) - 0x4B400000, half = whole >> 1;  // in two steps: 2^n itself may be out of range
   return y * bits_as<Floats>((half + 127) << 23) * bits_as<Floats>((whole - half + 127) << 23);
 #endif
 }

@@ -6,7 +6,7 @@ extern "C" {
 int32_t stopgo_abi_version() { return 2; }
 
 const char* stopgo_isa() {
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name, and that of Clang before 15
   return "amx";
 #elif defined(__AVX512BF16__)
   return "avx512bf16";
