@@ -129,7 +129,7 @@ class _Unit:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and masters by parameter name; the tensors themselves, not copies."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         states = zip(self.names, self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, strict=True)
         for name, parameter, master, exp_avg, exp_avg_sq in states:
             tensors |= {f"{name}/exp_avg": exp_avg, f"{name}/exp_avg_sq": exp_avg_sq}

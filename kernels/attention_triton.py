@@ -41,10 +41,6 @@ HEAD_SHIFT = tl.constexpr(16)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-_STAGES = 2
-"""Of a loop's copies: the next tile is on its way while one is worked on."""
-
-
 class _Inputs(NamedTuple):
     """One direction within a kernel: what both passes are given."""
 
@@ -430,17 +426,18 @@ class _Sizes(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether heads are so wide that a program has eight warps."""
+        """Whether a head takes eight warps."""
         return self.head_dim > 64
 
     @property
-    def warps(self) -> int:
-        return 8 if self.wide else 4
+    def options(self) -> dict[str, int]:
+        """Of a launch. With two stages, the next tile of a loop is on its way while one is worked on."""
+        return {"num_warps": 8 if self.wide else 4, "num_stages": 1 if self.full else 2}
 
     def forward(self, direction: int, queries: int, keys: int) -> _Part:
         """For items of up to so many queries and keys."""
         if self.full:
-            block_q, block_k = 16, 16
+            block_q, block_k = 32, 16
         elif self.wide and max(queries, keys) <= 64:
             block_q, block_k = 64, 64
         else:
@@ -450,12 +447,10 @@ class _Sizes(NamedTuple):
 
     def backward(self, direction: int, queries: int, keys: int) -> list[_Part]:
         """One part that does everything, or one for dK and dV and one for dQ."""
-        fits = 16 if self.full else 64
-        if keys <= fits:
-            blocks = (16, 16) if self.full else (32, 32 if keys <= 32 else 64)
-            return [_Part(direction, 1, *blocks, all=True, of_keys=True)]
-        if queries <= fits:
-            blocks = (16, 16) if self.full else (64, 32) if queries > 32 else (32, 64 if self.wide else 32)
+        if keys <= 64 and not self.full:
+            return [_Part(direction, 1, 32, 32 if keys <= 32 else 64, all=True, of_keys=True)]
+        if queries <= 64 and not self.full:
+            blocks = (64, 32) if queries > 32 else (32, 64 if self.wide else 32)
             return [_Part(direction, 1, *blocks, all=True)]
         of_keys = (16, 16) if self.full else (32, 64 if self.wide else 32)
         of_queries = (16, 16) if self.full else (128 if self.wide else 64, 32)
@@ -535,7 +530,7 @@ def forward(directions: Sequence[Direction], heads: int) -> None:
     grid = (items * heads, sum(part.tiles for part in launch))
     _forward[grid](
         *a, *b, heads, sizes.head_dim**-0.5, launch[0].tiles,
-        **sizes.constexprs(launch), num_warps=sizes.warps, num_stages=_STAGES,
+        **sizes.constexprs(launch), **sizes.options,
     )  # fmt: skip
 
 
@@ -553,7 +548,7 @@ def backward(directions: Sequence[Direction], gradients: Sequence[Gradients], he
         grid = (items * heads, sum(part.tiles for part in launch))
         _backward[grid](
             *a, *b, heads, sizes.head_dim**-0.5, launch[0].tiles,
-            **_backward_constexprs(sizes, launch), num_warps=sizes.warps, num_stages=_STAGES,
+            **_backward_constexprs(sizes, launch), **sizes.options,
         )  # fmt: skip
 
 
@@ -601,9 +596,8 @@ def _variant(op: str, kernel: Any, sizes: _Sizes, launch: _Launch, constexprs: d
         kernel=kernel,
         signature={argument: types[argument] for argument in kernel.arg_names},
         constexprs=constexprs,
-        num_warps=sizes.warps,
-        num_stages=_STAGES,
+        **sizes.options,
         dtype=str(sizes.dtype).removeprefix("torch."),
         dot=True,
-        copies=backward or not all(part.all for part in launch),
+        copies=not sizes.full and (backward or not all(part.all for part in launch)),
     )

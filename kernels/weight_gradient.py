@@ -24,7 +24,10 @@ def bias_gradient(dy: Tensor, out: Tensor) -> None:
 
 def _worth_turning(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu" and x.element_size() == 2 and native_library.available() and native_library.isa() == "amx"
+        x.device.type == "cpu"
+        and x.element_size() == 2
+        and native_library.available()
+        and native_library.isa() == "amx"
     )
 
 

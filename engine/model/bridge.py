@@ -79,11 +79,11 @@ class Bridge(FlatBlock):
         self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness
     ) -> tuple[Tensor, Tensor]:
         """(text [T, D], image [R, V]) of the same pairs -> both, updated from each other's inputs."""
-        return run(self, _BothSides(self, text_rows, image_rows, random), text, image)  # type: ignore[no-any-return]
+        return run(self, _BothSides(self, text_rows, image_rows, random), text, image)
 
     def image_side(self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness) -> Tensor:
         """The image output alone, [R, V]: what the text side would need (query2, key1, value1, …) is not computed."""
-        return run(self, _ImageSide(self, text_rows, image_rows, random), text, image)  # type: ignore[no-any-return]
+        return run(self, _ImageSide(self, text_rows, image_rows, random), text, image)
 
 
 class _BothSides:
@@ -143,8 +143,9 @@ class _ImageSide(_BothSides):
         (q_weight, _), (q_bias, _) = self._halves(w["image_qkv"]), self._halves(w["image_qkv_bias"])
         (_, kv_weight), (_, kv_bias) = self._halves(w["text_qkv"]), self._halves(w["text_qkv_bias"])
         q, kv = F.linear(image, q_weight, q_bias), F.linear(text, kv_weight, kv_bias)
+        k, v = kv.split(self.inner, 1)
         context, attended = attention_forward(
-            q, *kv.split(self.inner, 1), self.rows["image"], self.rows["text"], self.heads, self.image_reads
+            q, k, v, self.rows["image"], self.rows["text"], self.heads, self.image_reads
         )
         y, rest = self.side_forward(w, "image", context, image)
         return y, (text, image, attended, rest)

@@ -10,6 +10,7 @@ The arithmetic is in `engine.model.sublayers`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +26,13 @@ Outputs = Tensor | tuple[Tensor, ...]
 class Pass(Protocol):
     """One way through a block: what it computes, and the gradients of that."""
 
-    def forward(self, w: Fields, *inputs: Tensor) -> tuple[Outputs, Any]:
-        """(outputs, what backward needs) from the block's weights and inputs."""
+    @property
+    def forward(self) -> Callable[..., tuple[Outputs, Any]]:
+        """forward(w, *inputs) -> (outputs, what backward needs), w the block's weights."""
 
-    def backward(self, w: Fields, g: Fields, saved: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs; writes every field of `g`, the gradients of the weights."""
+    @property
+    def backward(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        """backward(w, g, saved, *gradients) -> gradients of the inputs; writes every field of g, those of the weights."""
 
 
 def run(block: FlatBlock, through: Pass, *inputs: Tensor) -> Any:

@@ -59,7 +59,7 @@ class MLPHead(Head):
     def forward(self, trunk: Trunk, streams: Streams, random: Randomness) -> Tensor:
         """[B, outputs]; the pooled vectors of an example's pairs stand one after the other."""
         pooled = trunk.pooled(streams, random)
-        return run(self, _MLP(), pooled.view(-1, self.pairs * pooled.shape[1]))  # type: ignore[no-any-return]
+        return run(self, _MLP(), pooled.view(-1, self.pairs * pooled.shape[1]))
 
 
 class _MLP:

@@ -56,7 +56,7 @@ class TransformerLayer(FlatBlock):
     def forward(self, x: Tensor, rows: Rows, random: Randomness, first_only: bool = False) -> Tensor:
         """[rows, width] -> [rows, width]; with `first_only`, row 0 of each item alone, [n, width], at its cost."""
         through = _FirstRows if first_only else _AllRows
-        return run(self, through(self, rows, random), x)  # type: ignore[no-any-return]
+        return run(self, through(self, rows, random), x)
 
 
 class _AllRows:
@@ -70,9 +70,8 @@ class _AllRows:
 
     def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
         qkv = F.linear(x, w["qkv"], w["qkv_bias"])
-        context, attended = attention_forward(
-            *qkv.split(self.width, 1), self.rows, self.rows, self.heads, self.attention_dropout
-        )
+        q, k, v = qkv.split(self.width, 1)
+        context, attended = attention_forward(q, k, v, self.rows, self.rows, self.heads, self.attention_dropout)
         y, rest = self.rest_forward(w, context, x)
         return y, (x, attended, rest)
 
@@ -107,9 +106,8 @@ class _FirstRows(_AllRows):
         (q_weight, kv_weight), (q_bias, kv_bias) = w["qkv"].split(self.sizes), w["qkv_bias"].split(self.sizes)
         first = x.index_select(0, self.rows.starts)
         q, kv = F.linear(first, q_weight, q_bias), F.linear(x, kv_weight, kv_bias)
-        context, attended = attention_forward(
-            q, *kv.split(self.width, 1), self.out_rows, self.rows, self.heads, self.attention_dropout
-        )
+        k, v = kv.split(self.width, 1)
+        context, attended = attention_forward(q, k, v, self.out_rows, self.rows, self.heads, self.attention_dropout)
         y, rest = self.rest_forward(w, context, first)
         return y, (x, first, attended, rest)
 

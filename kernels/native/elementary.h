@@ -5,6 +5,13 @@
 
 namespace stopgo {
 
+// c0 + c1 x + c2 x^2 + ...
+STOPGO_INLINE Floats polynomial(Floats, float c0) { return broadcast(c0); }
+template <class... Higher>
+STOPGO_INLINE Floats polynomial(Floats x, float c0, Higher... higher) {
+  return fma(polynomial(x, higher...), x, broadcast(c0));
+}
+
 STOPGO_INLINE Floats reciprocal(Floats x) {
 #if defined(__AVX512BW__)
   const Floats guess = _mm512_rcp14_ps(x);  // and one step of Newton: within 1 ulp, at half the cost of a division
@@ -19,10 +26,10 @@ STOPGO_INLINE Floats exp(Floats x) {
   x = x < -104.0f ? broadcast(-104.0f) : x;
   x = x > 89.0f ? broadcast(89.0f) : x;
   // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer; ln 2 is split so that n times its first part is exact.
-  const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  const Floats tail = (((1.38146128e-3f * r + 8.36871006e-3f) * r + 4.16683890e-2f) * r + 1.66665211e-1f) * r + 0.5f;
-  const Floats y = tail * (r * r) + r + 1.0f;
+  const Floats shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f)), n = shifted - 12582912.0f;
+  const Floats r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  const Floats tail = polynomial(r, 0.5f, 1.66665211e-1f, 4.16683890e-2f, 8.36871006e-3f, 1.38146128e-3f);
+  const Floats y = fma(tail, r * r, r) + 1.0f;
 #if defined(__AVX512BW__)
   return _mm512_scalef_ps(y, n);
 #else
@@ -34,9 +41,8 @@ STOPGO_INLINE Floats exp(Floats x) {
 // 2 atanh(s) for |s| <= 1/3.
 STOPGO_INLINE Floats twice_atanh(Floats s) {
   const Floats u = s * s;
-  const Floats series =
-      (((0.121504672f * u + 0.107138291f) * u + 0.143084422f) * u + 0.199994385f) * u + 0.333333373f;
-  return 2.0f * (series * u * s + s);
+  const Floats series = polynomial(u, 0.333333373f, 0.199994385f, 0.143084422f, 0.107138291f, 0.121504672f);
+  return 2.0f * fma(series, u * s, s);
 }
 
 // log(1 + e) for 0 <= e <= 1, within 2 ulp.
@@ -60,20 +66,11 @@ struct Normal {
 STOPGO_INLINE Normal normal(Floats z) {
   const Floats u = z * z, density = exp(u * -0.5f);
   // Around 0, an even polynomial times z; elsewhere the density times a function that varies slowly, seen from the left.
-  Floats center = u * -5.71508735e-6f + 1.05931314e-4f;
-  center = center * u - 1.17515039e-3f;
-  center = center * u + 9.96583048e-3f;
-  center = center * u - 6.64882585e-2f;
-  center = center * u + 3.98942113e-1f;
-  center = center * z + 0.5f;
-  const Floats t = reciprocal(minimum(absolute(z), broadcast(100.0f)) * 0.41f + 1.0f);
-  Floats tail = t * 0.0762890950f - 0.192252666f;
-  tail = tail * t + 0.0926160440f;
-  tail = tail * t + 0.0569685027f;
-  tail = tail * t + 0.140267953f;
-  tail = tail * t + 0.163172349f;
-  tail = tail * t + 0.163581744f;
-  tail = tail * t * density;
+  const Floats center = fma(polynomial(u, 3.98942113e-1f, -6.64882585e-2f, 9.96583048e-3f, -1.17515039e-3f, 1.05931314e-4f,
+                                       -5.71508735e-6f), z, broadcast(0.5f));
+  const Floats t = reciprocal(fma(minimum(absolute(z), broadcast(100.0f)), broadcast(0.41f), broadcast(1.0f)));
+  const Floats tail = t * density * polynomial(t, 0.163581744f, 0.163172349f, 0.140267953f, 0.0569685027f, 0.0926160440f,
+                                               -0.192252666f, 0.0762890950f);
   const Floats outside = z > 0.0f ? 1.0f - tail : tail;
   return {u < 2.25f ? center : outside, density};
 }

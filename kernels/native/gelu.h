@@ -59,17 +59,17 @@ class TableGelu {
       const auto coefficient = [&](int k) STOPGO_INLINE_LAMBDA {
         return static_cast<Floats>(_mm512_permutexvar_ps(interval, _mm512_load_ps(table[k])));
       };
-      return ((coefficient(3) * x + coefficient(2)) * x + coefficient(1)) * x + coefficient(0);
+      return fma(fma(fma(coefficient(3), x, coefficient(2)), x, coefficient(1)), x, coefficient(0));
     }
   };
 
   STOPGO_INLINE Floats y(Floats z, const Place& place) const {
-    return maximum(z, Floats{}) - place.a * place.value(below_);
+    return fma(-place.a, place.value(below_), maximum(z, Floats{}));
   }
 
   STOPGO_INLINE static Place at(Floats z) {
     const Floats a = minimum(broadcast(5.9999f), absolute(z));  // this way round, a NaN stays one
-    const Floats scaled = a * static_cast<float>(1 / kWidth) - 0.5f;
+    const Floats scaled = fma(a, broadcast(static_cast<float>(1 / kWidth)), broadcast(-0.5f));
     const Floats shifted = scaled + 12582912.0f;  // 1.5 * 2^23: rounds, and has the integer in its low bits
     return {a, bits_as<__m512i>(shifted), scaled - (shifted - 12582912.0f)};
   }

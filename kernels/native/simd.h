@@ -72,6 +72,17 @@ STOPGO_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 STOPGO_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 STOPGO_INLINE Floats absolute(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7FFFFFFFu); }
 
+// a * b + c, rounded once where the instruction set can: spelt out where the same bits are wanted wherever it is inlined.
+STOPGO_INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 STOPGO_INLINE Floats square_root(Floats x) {
 #if defined(__AVX512BW__)
   return _mm512_sqrt_ps(x);
