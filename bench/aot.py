@@ -200,7 +200,7 @@ def judged(variant: Variant, arch: str, shared: int, usage: str, opcodes: Counte
     limit = SHARED_LIMIT.get(arch, shared)
     faults = {
         "spills": bool(loads or stores or stack),
-        "no tensor cores": variant.dot and not tensor_core,
+        "no tensor cores": variant.dot and variant.dtype != "float32" and not tensor_core,
         f"more shared memory than {limit // 1024} KiB": shared > limit,
     }
     return Compiled(

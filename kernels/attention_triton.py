@@ -17,8 +17,8 @@ Backward, without atomics: with P the probabilities, M the scaled mask, dP = M â
 | a tile of keys | tiles of queries | dK, dV | dQ |
 | a tile of queries | tiles of keys | dQ | dK, dV |
 
-So where either side fits a tile, one kind of program does everything and reads every operand once; else both kinds run,
-in one launch for one direction and in two for two.
+So where either side fits a tile, one launch does everything and reads every operand once. Else tiles of queries go first and
+leave their delta behind for the tiles of keys of a second launch.
 """
 
 # mypy: allow-untyped-defs, no-check-untyped-defs
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.dropout import triton_arguments
 from kernels.variants import Variant
@@ -74,6 +75,7 @@ class _Gradients(NamedTuple):
     dq_stride: Any
     dk_stride: Any
     dv_stride: Any
+    delta: Any
 
 
 @triton.jit
@@ -238,7 +240,6 @@ def _backward_keys(
         k = _read(_at(x.k, x.k_stride, k_first, head, HEAD_DIM), x.k_stride, column, keys, HEAD_DIM, BLOCK_D)
         v = _read(_at(x.v, x.v_stride, k_first, head, HEAD_DIM), x.v_stride, column, keys, HEAD_DIM, BLOCK_D)
         q_base = _at(x.q, x.q_stride, q_first, head, HEAD_DIM)
-        o_base = _at(x.context, x.context_stride, q_first, head, HEAD_DIM)
         do_base = _at(g.dcontext, g.dcontext_stride, q_first, head, HEAD_DIM)
         dq_base = _at(g.dq, g.dq_stride, q_first, head, HEAD_DIM)
         dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -255,8 +256,7 @@ def _backward_keys(
             if ALL:
                 delta = tl.sum(p * dp, 1)
             else:
-                o = _read(o_base, x.context_stride, row, queries, HEAD_DIM, BLOCK_D)
-                delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+                delta = tl.load(g.delta + head * x.rows + q_first + row, mask=row < queries, other=0.0)
             ds = (p * (dp - delta[:, None])).to(q.dtype)
             dk += _dot(tl.trans(ds), q)
             if ALL:
@@ -284,14 +284,26 @@ def _backward_queries(
         o_base = _at(x.context, x.context_stride, q_first, head, HEAD_DIM)
         do_base = _at(g.dcontext, g.dcontext_stride, q_first, head, HEAD_DIM)
         q = _read(q_base, x.q_stride, row, queries, HEAD_DIM, BLOCK_D)
-        o = _read(o_base, x.context_stride, row, queries, HEAD_DIM, BLOCK_D)
         do = _read(do_base, g.dcontext_stride, row, queries, HEAD_DIM, BLOCK_D)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         largest, inverse = _read_sums(x, head, q_first, row, queries)
         k_base = _at(x.k, x.k_stride, k_first, head, HEAD_DIM)
         v_base = _at(x.v, x.v_stride, k_first, head, HEAD_DIM)
         dk_base = _at(g.dk, g.dk_stride, k_first, head, HEAD_DIM)
         dv_base = _at(g.dv, g.dv_stride, k_first, head, HEAD_DIM)
+        if do.dtype == tl.float32:
+            # dO âˆ˜ O would cost half of the digits of dP - delta where that is small: a row with one key has exactly 0.
+            delta = tl.zeros([BLOCK_Q], tl.float32)
+            for first in range(0, keys, BLOCK_K):
+                column = first + tl.arange(0, BLOCK_K)
+                k = _read(k_base, x.k_stride, column, keys, HEAD_DIM, BLOCK_D)
+                v = _read(v_base, x.v_stride, column, keys, HEAD_DIM, BLOCK_D)
+                p, kept_p, dp = _again(
+                    x, item, head, q, k, v, do, largest, inverse, row, first, keys, scale, DROPOUT, BLOCK_Q, BLOCK_K
+                )
+                delta += tl.sum(p * dp, 1)
+        else:
+            o = _read(o_base, x.context_stride, row, queries, HEAD_DIM, BLOCK_D)
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for first in range(0, keys, BLOCK_K):
             column = first + tl.arange(0, BLOCK_K)
@@ -310,6 +322,8 @@ def _backward_queries(
                 _write(dk_base, g.dk_stride, column, keys, _dot(tl.trans(ds), q) * scale, HEAD_DIM, BLOCK_D)
         dq_base = _at(g.dq, g.dq_stride, q_first, head, HEAD_DIM)
         _write(dq_base, g.dq_stride, row, queries, dq * scale, HEAD_DIM, BLOCK_D)
+        if not ALL:
+            tl.store(g.delta + head * x.rows + q_first + row, delta, mask=row < queries)
 
 
 @triton.jit
@@ -363,10 +377,10 @@ def _forward(
 def _backward(
     q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
     step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, sums_a, rows_a,
-    dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a,
+    dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a, delta_a,
     q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
     step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, sums_b, rows_b,
-    dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b,
+    dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b, delta_b,
     heads, scale, tiles_a,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q_A: tl.constexpr, BLOCK_K_A: tl.constexpr, ALL_A: tl.constexpr, OF_KEYS_A: tl.constexpr,
@@ -378,7 +392,7 @@ def _backward(
             q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
             step_b, seed_b, site_b, threshold_b, context_b, context_stride_b, sums_b, rows_b,
         )  # fmt: skip
-        gb = _Gradients(dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b)
+        gb = _Gradients(dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b, delta_b)
         _backward_tile(
             b, gb, item, head, tile - tiles_a, scale,
             HEAD_DIM, BLOCK_D, DROPOUT, BLOCK_Q_B, BLOCK_K_B, ALL_B, OF_KEYS_B,
@@ -388,7 +402,7 @@ def _backward(
             q_a, k_a, v_a, q_stride_a, k_stride_a, v_stride_a, cu_q_a, cu_k_a, item_key_a,
             step_a, seed_a, site_a, threshold_a, context_a, context_stride_a, sums_a, rows_a,
         )  # fmt: skip
-        ga = _Gradients(dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a)
+        ga = _Gradients(dcontext_a, dq_a, dk_a, dv_a, dcontext_stride_a, dq_stride_a, dk_stride_a, dv_stride_a, delta_a)
         _backward_tile(
             a, ga, item, head, tile, scale,
             HEAD_DIM, BLOCK_D, DROPOUT, BLOCK_Q_A, BLOCK_K_A, ALL_A, OF_KEYS_A,
@@ -446,7 +460,7 @@ class _Sizes(NamedTuple):
         return _Part(direction, triton.cdiv(queries, block_q), block_q, block_k, keys <= block_k)
 
     def backward(self, direction: int, queries: int, keys: int) -> list[_Part]:
-        """One part that does everything, or one for dK and dV and one for dQ."""
+        """One part that does everything, or one for dQ and then one for dK and dV."""
         if keys <= 64 and not self.full:
             return [_Part(direction, 1, 32, 32 if keys <= 32 else 64, all=True, of_keys=True)]
         if queries <= 64 and not self.full:
@@ -455,8 +469,8 @@ class _Sizes(NamedTuple):
         of_keys = (16, 16) if self.full else (32, 64 if self.wide else 32)
         of_queries = (16, 16) if self.full else (128 if self.wide else 64, 32)
         return [
-            _Part(direction, triton.cdiv(keys, of_keys[1]), *of_keys, all=False, of_keys=True),
             _Part(direction, triton.cdiv(queries, of_queries[0]), *of_queries, all=False),
+            _Part(direction, triton.cdiv(keys, of_keys[1]), *of_keys, all=False, of_keys=True),
         ]
 
     def constexprs(self, launch: _Launch) -> dict[str, Any]:
@@ -483,9 +497,8 @@ def _forward_launch(sizes: _Sizes, longest: Sequence[_Longest]) -> _Launch:
 
 
 def _backward_launches(sizes: _Sizes, longest: Sequence[_Longest]) -> list[_Launch]:
-    """One launch for one direction. Of two, each launch has one part: both have as many, since they share their sides."""
-    parts = [sizes.backward(i, *of) for i, of in enumerate(longest)]
-    return [tuple(parts[0])] if len(parts) == 1 else list(zip(*parts, strict=True))
+    """One, or two one after the other. Two directions have as many, since they share their sides."""
+    return list(zip(*(sizes.backward(i, *of) for i, of in enumerate(longest)), strict=True))
 
 
 def _backward_constexprs(sizes: _Sizes, launch: _Launch) -> dict[str, Any]:
@@ -514,9 +527,9 @@ def _inputs(d: Direction) -> _Inputs:
     )  # fmt: skip
 
 
-def _gradients(g: Gradients) -> _Gradients:
-    strides = (x.stride(0) for x in g)
-    return _Gradients(*g, *strides)
+def _gradients(g: Gradients, sums: Tensor) -> _Gradients:
+    strides = [x.stride(0) for x in g]
+    return _Gradients(*g, *strides, sums.new_empty(sums.numel() // 2))  # type: ignore[call-arg]
 
 
 def forward(directions: Sequence[Direction], heads: int) -> None:
@@ -540,14 +553,13 @@ def backward(directions: Sequence[Direction], gradients: Sequence[Gradients], he
     if not items:
         return
     sizes, longest = _sizes(directions, heads)
+    inputs = [_inputs(d) for d in directions]
+    outputs = [_gradients(g, d.sums) for g, d in zip(gradients, directions, strict=True)]
     for launch in _backward_launches(sizes, longest):
-        a, b = (
-            (*_inputs(directions[part.direction]), *_gradients(gradients[part.direction]))
-            for part in (launch[0], launch[-1])
-        )
+        first, last = launch[0].direction, launch[-1].direction
         grid = (items * heads, sum(part.tiles for part in launch))
         _backward[grid](
-            *a, *b, heads, sizes.head_dim**-0.5, launch[0].tiles,
+            *inputs[first], *outputs[first], *inputs[last], *outputs[last], heads, sizes.head_dim**-0.5, launch[0].tiles,
             **_backward_constexprs(sizes, launch), **sizes.options,
         )  # fmt: skip
 
@@ -561,6 +573,7 @@ _TYPES = {
     **dict.fromkeys(("seed", "site", "threshold"), "u32"),
     **dict.fromkeys((f"{name}_stride" for name in ("q", "k", "v", "context", "dcontext", "dq", "dk", "dv")), "i32:16"),
     "sums": "*fp32",
+    "delta": "*fp32",
     "rows": "i32",
 }
 """Of the arguments of either part that are not tensors of the op's dtype."""

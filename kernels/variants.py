@@ -32,6 +32,6 @@ class Variant:
     dtype: str
     """Of the op's tensors: "float32", "bfloat16" or "float16"."""
     dot: bool
-    """Has a matrix product: tensor-core instructions are expected (in float32 none are: products are in full precision)."""
+    """Has a matrix product: tensor-core instructions are expected, but in float32, whose products are in full precision."""
     copies: bool
     """Has a loop over loads: asynchronous copies are expected."""

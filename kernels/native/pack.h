@@ -40,7 +40,7 @@ struct Layout<1> {
   // Columns of a matrix by depth, and of its products.
   static constexpr int64_t columns(int64_t width) { return round_up(width, kPad); }
 
-  // x [rows][width] in the forms that are wanted, with zeros up to the padded columns.
+  // x [rows][width] in the forms that are wanted; a row's units beyond its depth are not written.
   template <class T>
   static void pack(Rows<const T> x, int64_t rows, int64_t width, Units by_rows, Units by_depth) {
     for (const Units out : {by_rows, by_depth}) {
@@ -51,7 +51,6 @@ struct Layout<1> {
         for_vectors(width, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
           raw_store(to + c, bits_as<Words>(load(from + c, lanes)), lanes);
         });
-        std::memset(to + width, 0, static_cast<size_t>(columns(width) - width) * sizeof *to);
       }
     }
   }

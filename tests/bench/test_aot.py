@@ -36,9 +36,9 @@ def in_full_precision(x, N: tl.constexpr):
     value = tl.load(place)
     tl.store(place, tl.dot(value, value, input_precision="ieee"))
 
-def toy(kernel, n, types="*fp32", **more):
+def toy(kernel, n, dtype="bfloat16", **more):
     given = {"dot": False, "copies": False, **more}
-    return Variant("toy", kernel.__name__, kernel, {"x": types, "N": "constexpr"}, {"N": n}, 1, 1, "float32", **given)
+    return Variant("toy", kernel.__name__, kernel, {"x": "*fp32", "N": "constexpr"}, {"N": n}, 1, 1, dtype, **given)
 """
 
 
@@ -79,10 +79,11 @@ def test_a_spilling_kernel_ends_with_1(
 
 
 def test_a_product_without_tensor_cores_is_a_fault_where_they_are_expected(modules: Path) -> None:
-    wanted, unwanted = compile_module(modules, "[toy(in_full_precision, 16, dot=d) for d in (True, False)]")
-    assert wanted.tensor_core == 0
+    cases = "dict(dot=True), dict(dot=False), dict(dot=True, dtype='float32')"
+    wanted, unwanted, full = compile_module(modules, f"[toy(in_full_precision, 16, **more) for more in ({cases})]")
+    assert wanted.tensor_core == unwanted.tensor_core == full.tensor_core == 0
     assert wanted.faults == ("no tensor cores",)
-    assert unwanted.verdict == "ok"
+    assert (unwanted.verdict, full.verdict) == ("ok", "ok")
 
 
 def test_missing_asynchronous_copies_are_noted_but_no_fault(modules: Path) -> None:
