@@ -27,7 +27,7 @@ STOPGO_INLINE TwoDoubles doubles(Floats x) {
 #endif
 }
 
-constexpr int64_t kAhead = 4096;  // bytes: a single stream is not read at the memory's speed without being asked for early
+constexpr int64_t kAhead = 4096;  // bytes: a single stream comes at the memory's speed only if it is asked for early
 
 // In float64 throughout: squares of large gradients do not overflow, and the order of the sum does not show.
 template <class T>
@@ -50,9 +50,9 @@ template <class T>
 double square_sum(int64_t n, const T* x) {
   const int64_t chunks = chunks_of(n, kChunk);
   double* sums = call_scratch().get<double>(chunks);
-  for_chunks(n, 1, [=](int64_t chunk, int64_t first, int64_t last) {
+  for_chunks(n, 1, kChunk, [=](int64_t chunk, int64_t first, int64_t last) {
     sums[chunk] = square_sum_of_chunk(x + first, last - first);
-  }, kChunk);
+  });
   double total = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk];
   return total;
@@ -65,7 +65,7 @@ struct Rule {
 template <class T>
 void adamw(const Rule& rule, int64_t n, const T* gradient, float* p, float* m, float* v, T* weights) {
   const float rest1 = 1.0f - rule.beta1, rest2 = 1.0f - rule.beta2, decay = rule.lr * rule.weight_decay;
-  for_chunks(n, 1, [=](int64_t, int64_t first, int64_t last) {
+  for_chunks(n, 1, kChunk, [=](int64_t, int64_t first, int64_t last) {
     for_vectors(last - first, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
       const int64_t i = first + c;
       const Floats g = load(gradient + i, lanes);
@@ -78,7 +78,7 @@ void adamw(const Rule& rule, int64_t n, const T* gradient, float* p, float* m, f
       store(p + i, value, lanes);
       if (weights != nullptr) store(weights + i, value, lanes);
     });
-  }, kChunk);
+  });
 }
 
 }  // namespace

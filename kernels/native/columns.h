@@ -5,7 +5,7 @@
 
 namespace stopgo {
 
-inline int64_t whole_vectors(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes + 16; }
+inline int64_t whole_vectors(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 // to[0:width] = from in float32, zeros up to whole vectors.
 template <class T>
@@ -35,18 +35,20 @@ class ColumnSums {
   void finish(int64_t chunks, int64_t kind, Put&& put) const {
     const float* sums = memory_ + kind * stride_;
     const int64_t chunk_stride = chunk_stride_;
-    for_chunks(width_, chunks, [=](int64_t, int64_t first, int64_t last) {
+    for_chunks(width_, chunks, kColumns, [=](int64_t, int64_t first, int64_t last) {
       for_vectors(last - first, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
         Floats total{};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) total += load(sums + chunk * chunk_stride + first + c);
         put(first + c, total, lanes);
       });
-    }, kColumns);
+    });
   }
 
   template <class T>
   void finish_into(int64_t chunks, int64_t kind, T* out) const {
-    finish(chunks, kind, [=](int64_t c, Floats total, auto lanes) STOPGO_INLINE_LAMBDA { store(out + c, total, lanes); });
+    finish(chunks, kind, [=](int64_t c, Floats total, auto lanes) STOPGO_INLINE_LAMBDA {
+      store(out + c, total, lanes);
+    });
   }
 
  private:

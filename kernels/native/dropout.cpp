@@ -7,8 +7,8 @@ namespace stopgo {
 namespace {
 
 template <class T>
-void dropout(const Site& site, int64_t rows, int64_t width, const T* x, const int64_t* row_key, const int64_t* row_index,
-             T* y) {
+void dropout(const Site& site, int64_t rows, int64_t width, const T* x, const int64_t* row_key,
+             const int64_t* row_index, T* y) {
   if (site.threshold == 0) {
     if (rows > 0 && y != x) std::memcpy(y, x, static_cast<size_t>(rows * width) * sizeof(T));
     return;
@@ -53,7 +53,8 @@ void stopgo_keep_mask(uint32_t seed, uint32_t step, uint32_t site, uint32_t thre
 }
 
 void stopgo_dropout(int32_t dtype, int64_t rows, int64_t width, const void* x, const int64_t* row_key,
-                    const int64_t* row_index, uint32_t seed, uint32_t step, uint32_t site, uint32_t threshold, void* y) {
+                    const int64_t* row_index, uint32_t seed, uint32_t step, uint32_t site, uint32_t threshold,
+                    void* y) {
   with_dtype(dtype, [=](auto zero) {
     using T = decltype(zero);
     dropout({seed, step, site, threshold}, rows, width, static_cast<const T*>(x), row_key, row_index,

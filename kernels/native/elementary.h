@@ -33,7 +33,8 @@ STOPGO_INLINE Floats exp(Floats x) {
 #if defined(__AVX512BW__)
   return _mm512_scalef_ps(y, n);
 #else
-  const Ints whole = bits_as<Ints>(shifted) - 0x4B400000, half = whole >> 1;  // in two steps: 2^n itself may be out of range
+  // In two steps, since 2^n itself may be out of range.
+  const Ints whole = bits_as<Ints>(shifted) - 0x4B400000, half = whole >> 1;
   return y * bits_as<Floats>((half + 127) << 23) * bits_as<Floats>((whole - half + 127) << 23);
 #endif
 }
@@ -62,15 +63,18 @@ struct Normal {
   Floats below, density;
 };
 
-// `below` within 1.1e-7, on the left also within 2e-6 of itself down to z = -6; `density` within 7e-8. 0 and 1 at infinity.
+// `below` within 1.1e-7, on the left also within 2e-6 of itself down to z = -6, and 0 and 1 at infinity; `density` within
+// 7e-8.
 STOPGO_INLINE Normal normal(Floats z) {
   const Floats u = z * z, density = exp(u * -0.5f);
-  // Around 0, an even polynomial times z; elsewhere the density times a function that varies slowly, seen from the left.
-  const Floats center = fma(polynomial(u, 3.98942113e-1f, -6.64882585e-2f, 9.96583048e-3f, -1.17515039e-3f, 1.05931314e-4f,
-                                       -5.71508735e-6f), z, broadcast(0.5f));
+  // Around 0, an even polynomial times z; elsewhere the density times what varies slowly, seen from the left.
+  const Floats slope = polynomial(u, 3.98942113e-1f, -6.64882585e-2f, 9.96583048e-3f, -1.17515039e-3f, 1.05931314e-4f,
+                                  -5.71508735e-6f);
+  const Floats center = fma(slope, z, broadcast(0.5f));
   const Floats t = reciprocal(fma(minimum(absolute(z), broadcast(100.0f)), broadcast(0.41f), broadcast(1.0f)));
-  const Floats tail = t * density * polynomial(t, 0.163581744f, 0.163172349f, 0.140267953f, 0.0569685027f, 0.0926160440f,
-                                               -0.192252666f, 0.0762890950f);
+  const Floats slow = polynomial(t, 0.163581744f, 0.163172349f, 0.140267953f, 0.0569685027f, 0.0926160440f,
+                                 -0.192252666f, 0.0762890950f);
+  const Floats tail = t * density * slow;
   const Floats outside = z > 0.0f ? 1.0f - tail : tail;
   return {u < 2.25f ? center : outside, density};
 }

@@ -37,7 +37,7 @@ struct Forward {
     const float scale = site.scale();
     const int64_t tile = row_tile(width);
     for_chunks(rows, width, [=](int64_t, int64_t first, int64_t last) {
-      float* row = own_scratch().get<float>(padded + Decisions::size(width, tile));
+      float* row = own_scratch().get<float>(row_floats(width));
       const Decisions keep(reinterpret_cast<uint8_t*>(row + padded));
       for (int64_t r = first; r < last; ++r) {
         if (kDrop) keep.draw(site, row_key[r], row_index[r], width, tile);
@@ -81,7 +81,7 @@ struct Backward {
     convert(weight, width, w);
     const ColumnSums sums(w + padded, kKinds, width);
     for_chunks(rows, width, [=](int64_t chunk, int64_t first, int64_t last) {
-      float* normal = own_scratch().get<float>(kTogether * (padded + Decisions::size(width, row_tile(width))));
+      float* normal = own_scratch().get<float>(group_floats(width));
       float* chunk_sums = sums.start(chunk);
       for_groups(first, last, [=](int64_t r, auto count) { group<kDrop, count>(r, b, w, normal, chunk_sums); });
     });
@@ -91,7 +91,7 @@ struct Backward {
     sums.finish_into(chunks, kShift, dshift);
   }
 
-  // Rows r .. r + kRows; normal: float32 [kRows, padded], and room for as many rows of decisions behind it.
+  // Rows r .. r + kRows; normal: group_floats(width).
   template <bool kDrop, int kRows>
   void group(int64_t r, const float* b, const float* w, float* normal, float* chunk_sums) const {
     // Copies, since the compiler must take it that a store changes what `this` points to.
@@ -153,9 +153,9 @@ using namespace stopgo;
 extern "C" {
 
 void stopgo_bias_dropout_residual_layernorm_forward(
-    int32_t dtype, int64_t rows, int64_t width, const void* x, const void* bias, const void* residual, const void* weight,
-    const void* shift, const int64_t* row_key, const int64_t* row_index, uint32_t seed, uint32_t step, uint32_t site,
-    uint32_t threshold, float eps, void* y, float* mean, float* rstd) {
+    int32_t dtype, int64_t rows, int64_t width, const void* x, const void* bias, const void* residual,
+    const void* weight, const void* shift, const int64_t* row_key, const int64_t* row_index, uint32_t seed,
+    uint32_t step, uint32_t site, uint32_t threshold, float eps, void* y, float* mean, float* rstd) {
   with_dtype(dtype, [=](auto zero) {
     using T = decltype(zero);
     const auto in = [](const void* p) { return static_cast<const T*>(p); };

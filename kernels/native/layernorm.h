@@ -4,16 +4,23 @@
 #include <type_traits>
 #include <utility>
 
+#include "columns.h"
+#include "philox.h"
 #include "simd.h"
 
 namespace stopgo {
+
+// Scratch of a row in float32 and its dropout decisions behind it.
+inline int64_t row_floats(int64_t width) {
+  return whole_vectors(width) + (Decisions::size(width, row_tile(width)) + 3) / 4;
+}
 
 struct Moments {
   float mean, rstd;
 };
 
-// Of a row whose sum is `total`: the mean first, then the squares of what is left, so that a large mean costs no digits.
-// The mean is taken off the row.
+// Of a row whose sum is `total`: the mean first, then the squares of what is left, so that a large mean costs no
+// digits. The mean is taken off the row.
 STOPGO_INLINE Moments center(float* row, int64_t width, float total, float eps) {
   const float mean = total / static_cast<float>(width);
   Floats even{}, odd{};
@@ -46,8 +53,8 @@ struct RowGradient {
 
 // z(column, lanes) is the sum before the norm, dy(column, lanes) the gradient after it. n goes to normal[0:width].
 template <class Sum, class Upstream>
-STOPGO_INLINE RowGradient row_gradient(int64_t width, float mean, float rstd, const float* weight, float* normal, Sum&& z,
-                                       Upstream&& dy) {
+STOPGO_INLINE RowGradient row_gradient(int64_t width, float mean, float rstd, const float* weight, float* normal,
+                                       Sum&& z, Upstream&& dy) {
   Floats sum_g{}, sum_gn{};
   for_vectors(width, [&](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
     const Floats n = (z(c, lanes) - mean) * rstd, g = dy(c, lanes) * load(weight + c);
@@ -62,6 +69,9 @@ STOPGO_INLINE RowGradient row_gradient(int64_t width, float mean, float rstd, co
 // group(row, constant) for every group of rows of a chunk: kTogether of them, which share one trip to the column sums,
 // then single ones.
 constexpr int kTogether = 4;
+
+// Scratch of a group: its rows one after the other, then their decisions.
+inline int64_t group_floats(int64_t width) { return kTogether * row_floats(width); }
 
 template <class Group>
 STOPGO_INLINE void for_groups(int64_t first, int64_t last, Group&& group) {

@@ -69,7 +69,7 @@ template <class T>
 void soft_label_bce(int64_t examples, int64_t classes, const T* logits, const int64_t* offsets, const int64_t* labels,
                     const float* scores, float* loss, float* score, T* dlogits) {
   const float share = 1.0f / static_cast<float>(examples);
-  for_chunks(examples, classes, [=](int64_t, int64_t first, int64_t last) {
+  for_chunks(examples, classes, 1, [=](int64_t, int64_t first, int64_t last) {
     float* row = own_scratch().get<float>(whole_vectors(classes));
     for (int64_t b = first; b < last; ++b) {
       const T* z = logits + b * classes;
@@ -78,7 +78,7 @@ void soft_label_bce(int64_t examples, int64_t classes, const T* logits, const in
       score[b] = target.score(z);
       if (dlogits != nullptr) target.gradient(z, share, row, dlogits + b * classes);
     }
-  }, 1);
+  });
 }
 
 // The logarithm of a row's sum of exponentials of z + bias.
@@ -96,7 +96,7 @@ float log_sum_exp(int64_t classes, const T* logits, const float* bias) {
   return shift + std::log(sum(total));
 }
 
-// Targets of rows. `row` gives one row's loss and what its gradient subtracts from softmax(z): scale * (mass * softmax - t).
+// Targets of rows. `row` gives one row's loss and what its gradient needs: scale * (mass * softmax(z) - t).
 
 template <class Target>
 struct Divergence {
@@ -155,7 +155,7 @@ void softmax_rows(int64_t rows, int64_t classes, T* logits, const T* bias, const
   float* b = call_scratch().get<float>((1 + (gradient ? chunks : 0)) * padded);
   convert(bias, classes, b);
   const ColumnSums sums(b + padded, 1, classes);
-  for_chunks(rows, classes, [=](int64_t chunk, int64_t first, int64_t last) {
+  for_chunks(rows, classes, kLossRows, [=](int64_t chunk, int64_t first, int64_t last) {
     float* column_sums = gradient ? sums.start(chunk) : nullptr;
     for (int64_t r = first; r < last; ++r) {
       T* z = logits + r * classes;
@@ -169,7 +169,7 @@ void softmax_rows(int64_t rows, int64_t classes, T* logits, const T* bias, const
         store(column_sums + c, load(column_sums + c) + dz);
       });
     }
-  }, kLossRows);
+  });
   if (gradient && dbias != nullptr)
     sums.finish(chunks, 0, [=](int64_t c, Floats total, auto lanes) STOPGO_INLINE_LAMBDA {
       store(dbias + c, load(dbias + c, lanes) + total, lanes);

@@ -1,5 +1,5 @@
-// How work is cut: fixed chunks of rows, whatever the number of threads, so that sums over rows have the same bits on one
-// thread or many; and the scratch memory that goes with it.
+// How work is cut: fixed chunks of rows, whatever the number of threads, so that sums over rows have the same bits on
+// one thread or many; and the scratch memory that goes with it.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -51,15 +51,20 @@ inline Scratch& call_scratch() {
 
 inline int64_t chunks_of(int64_t rows, int64_t chunk = kChunkRows) { return (rows + chunk - 1) / chunk; }
 
-// f(chunk, first, last) for every chunk of rows, in parallel where it is worth it.
+// f(number, first, last) for every chunk of rows, in parallel where it is worth it.
 template <class F>
-inline void for_chunks(int64_t rows, int64_t width, F&& f, int64_t chunk = kChunkRows) {
+inline void for_chunks(int64_t rows, int64_t width, int64_t chunk, F&& f) {
   const int64_t chunks = chunks_of(rows, chunk);
 #pragma omp parallel for schedule(static) if (chunks > 1 && rows * width > kWorthThreads)
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t first = c * chunk;
     f(c, first, first + chunk < rows ? first + chunk : rows);
   }
+}
+
+template <class F>
+inline void for_chunks(int64_t rows, int64_t width, F&& f) {
+  for_chunks(rows, width, kChunkRows, f);
 }
 
 }  // namespace stopgo

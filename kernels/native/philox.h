@@ -1,4 +1,5 @@
-// Philox 4x32-10 for a row of dropout decisions. The definition is in kernels/dropout.py; tests hold both to it bit for bit.
+// Philox 4x32-10 for rows of dropout decisions. The definition is in kernels/dropout.py; tests hold both to it bit for
+// bit.
 #pragma once
 #include "simd.h"
 
@@ -18,7 +19,8 @@ namespace philox {
 constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
 constexpr int kRounds = 10;
 
-// Counters live in 64-bit lanes, since the products are 64 bits wide: the low half counts, the high half may hold anything.
+// Counters live in 64-bit lanes, since the products are 64 bits wide: the low half counts, the high half may hold
+// anything.
 typedef uint64_t Longs __attribute__((vector_size(4 * kLanes)));
 
 // The low halves' 64-bit products.
@@ -98,8 +100,8 @@ class RowDraws {
   Longs even_;  // the first product of the blocks of even numbers
 };
 
-// Runs of consecutive blocks of one tile are runs of columns, once for each lane. put(group, first, n, column) for every run:
-// blocks first .. first + n of the group of kLanes blocks, whose lane 0 starts at `column`.
+// Runs of consecutive blocks of one tile are runs of columns, once for each lane. put(group, first, n, column) for each
+// run: blocks first .. first + n of the group of kLanes blocks, whose lane 0 starts at `column`.
 template <class Group, class Put>
 STOPGO_INLINE void for_runs(int64_t width, int64_t tile, Group&& next_group, Put&& put) {
   const int64_t eighth = tile / 8;
@@ -117,12 +119,13 @@ STOPGO_INLINE void for_runs(int64_t width, int64_t tile, Group&& next_group, Put
 
 }  // namespace philox
 
-// The decisions of one row: drawn once, asked for a vector of columns at a time. Columns are cut into tiles of `tile`, a
-// multiple of eight; within one, column c is lane c / (tile / 8) of block c % (tile / 8).
+// The decisions of one row: drawn once, asked for a vector of columns at a time. Columns are cut into tiles of `tile`,
+// a multiple of eight; within one, column c is lane c / (tile / 8) of block c % (tile / 8).
 #if defined(__AVX512BW__)
 
 class Decisions {  // a bit a column
  public:
+  // Bytes of memory that a row takes.
   static int64_t size(int64_t width, int64_t tile) { return (width + tile - 1) / tile * tile / 8 + 8; }
 
   explicit Decisions(uint8_t* memory) : bits_(memory) {}
@@ -202,7 +205,7 @@ class Decisions {  // a byte a column, 1 or 0
     const int64_t eighth = tile / 8;
     philox::RowDraws draws(site, static_cast<uint32_t>(key), static_cast<uint32_t>(row));
     const auto next = [&]() STOPGO_INLINE_LAMBDA { return decide(draws.next(), site.threshold); };
-    philox::for_runs(width, tile, next, [=](const Kept& group, int64_t first, int64_t n, int64_t column) STOPGO_INLINE_LAMBDA {
+    philox::for_runs(width, tile, next, [=](const Kept& group, int64_t first, int64_t n, int64_t column) {
       for (int lane = 0; lane < 8; ++lane) {
         uint8_t* to = kept_ + column + lane * eighth;
         if (n == kLanes)
@@ -216,7 +219,9 @@ class Decisions {  // a byte a column, 1 or 0
   STOPGO_INLINE Floats scaled(int64_t c, Floats v, float scale) const {
     return bits_as<Floats>(bits_as<Words>(v * scale) & -words(bytes(c)));
   }
-  STOPGO_INLINE Floats scaled(int64_t c, Floats v, float scale, Floats other) const { return scaled(c, v, scale) + other; }
+  STOPGO_INLINE Floats scaled(int64_t c, Floats v, float scale, Floats other) const {
+    return scaled(c, v, scale) + other;
+  }
   STOPGO_INLINE Bytes bytes(int64_t c) const { return raw_load<Bytes>(kept_ + c, Whole{}); }
 
  private:

@@ -1,4 +1,4 @@
-// y = dropout(LayerNorm(x + feature_bias + boxes location_weight^T + location_bias) * weight + shift), forward and backward.
+// y = dropout(LayerNorm(x + feature_bias + boxes location_weight^T + location_bias) * weight + shift), both directions.
 #include "columns.h"
 #include "layernorm.h"
 #include "parallel.h"
@@ -45,7 +45,8 @@ STOPGO_INLINE Box box_of(const float* boxes, int64_t row) {
 
 // The sum before the norm.
 template <class T, class Lanes>
-STOPGO_INLINE Floats embedded(const T* x, const Shared& shared, int64_t padded, const Box& box, int64_t c, Lanes lanes) {
+STOPGO_INLINE Floats embedded(const T* x, const Shared& shared, int64_t padded, const Box& box, int64_t c,
+                              Lanes lanes) {
   Floats z = load(x + c, lanes) + load(shared.bias + c);
   for (int k = 0; k < kSides; ++k) z += load(shared.location + k * padded + c) * box.side[k];
   return z;
@@ -71,7 +72,7 @@ struct Forward {
     const float scale = site.scale();
     const int64_t tile = row_tile(width);
     for_chunks(rows, width, [=](int64_t, int64_t first, int64_t last) {
-      float* row = own_scratch().get<float>(padded + Decisions::size(width, tile));
+      float* row = own_scratch().get<float>(row_floats(width));
       const Decisions keep(reinterpret_cast<uint8_t*>(row + padded));
       for (int64_t r = first; r < last; ++r) {
         if (kDrop) keep.draw(site, row_key[r], row_index[r], width, tile);
@@ -85,9 +86,10 @@ struct Forward {
           total += z;
         });
         const Moments m = center(row, width, sum(total), eps);
-        normalise(row, width, m.rstd, shared.weight, shared.shift, [=](int64_t c, Floats value, auto lanes) STOPGO_INLINE_LAMBDA {
+        const auto put = [=](int64_t c, Floats value, auto lanes) STOPGO_INLINE_LAMBDA {
           store(y_row + c, kDrop ? keep.scaled(c, value, scale) : value, lanes);
-        });
+        };
+        normalise(row, width, m.rstd, shared.weight, shared.shift, put);
         if (mean != nullptr) mean[r] = m.mean;
         if (rstd != nullptr) rstd[r] = m.rstd;
       }
@@ -115,7 +117,7 @@ struct Backward {
     const Shared shared = share<T>(memory, width, feature_bias, location_weight, location_bias, weight, nullptr);
     const ColumnSums sums(memory + Shared::size(width), kKinds, width);
     for_chunks(rows, width, [=](int64_t chunk, int64_t first, int64_t last) {
-      float* normal = own_scratch().get<float>(kTogether * (padded + Decisions::size(width, row_tile(width))));
+      float* normal = own_scratch().get<float>(group_floats(width));
       float* chunk_sums = sums.start(chunk);
       for_groups(first, last, [=](int64_t r, auto count) { group<kDrop, count>(r, shared, normal, chunk_sums); });
     });
@@ -129,7 +131,7 @@ struct Backward {
     sums.finish_into(chunks, kShift, dshift);
   }
 
-  // Rows r .. r + kRows; normal: float32 [kRows, padded], and room for as many rows of decisions behind it.
+  // Rows r .. r + kRows; normal: group_floats(width).
   template <bool kDrop, int kRows>
   void group(int64_t r, const Shared shared, float* normal, float* chunk_sums) const {
     // Copies, since the compiler must take it that a store changes what `this` points to.
@@ -190,9 +192,9 @@ extern "C" {
 
 void stopgo_region_embedding_forward(
     int32_t dtype, int64_t rows, int64_t width, const void* x, const void* feature_bias, const float* boxes,
-    const void* location_weight, const void* location_bias, const void* weight, const void* shift, const int64_t* row_key,
-    const int64_t* row_index, uint32_t seed, uint32_t step, uint32_t site, uint32_t threshold, float eps, void* y,
-    float* mean, float* rstd) {
+    const void* location_weight, const void* location_bias, const void* weight, const void* shift,
+    const int64_t* row_key, const int64_t* row_index, uint32_t seed, uint32_t step, uint32_t site, uint32_t threshold,
+    float eps, void* y, float* mean, float* rstd) {
   with_dtype(dtype, [=](auto zero) {
     using T = decltype(zero);
     const auto in = [](const void* p) { return static_cast<const T*>(p); };

@@ -1,6 +1,6 @@
 // Vectors of floats as wide as the instruction set that this file is compiled for: 16, 8 or 4 lanes, by the vector
-// extensions of GCC and Clang; intrinsics only where those have no word for it. Everything is float32 between a load and
-// a store. Elementary functions (exp, log, the normal distribution) are in elementary.h.
+// extensions of GCC and Clang; intrinsics only where those have no word for it. Everything is float32 between a load
+// and a store. Elementary functions (exp, log, the normal distribution) are in elementary.h.
 //
 // A row is walked in whole vectors and one part of a vector:
 //   for_vectors(width, [&](int64_t c, auto lanes) { store(y + c, load(x + c, lanes) + load(b + c, lanes), lanes); });
@@ -72,7 +72,8 @@ STOPGO_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 STOPGO_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 STOPGO_INLINE Floats absolute(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7FFFFFFFu); }
 
-// a * b + c, rounded once where the instruction set can: spelt out where the same bits are wanted wherever it is inlined.
+// a * b + c, rounded once where the instruction set can: spelt out where the same bits are wanted wherever it is
+// inlined.
 STOPGO_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512BW__)
   return _mm512_fmadd_ps(a, b, c);
@@ -96,7 +97,7 @@ STOPGO_INLINE Floats square_root(Floats x) {
 #endif
 }
 
-// --- Conversions ------------------------------------------------------------------------------------------------------
+// --- Conversions ---------------------------------------------------------------------------------
 
 // Integers of other sizes, by intrinsics where GCC's own conversion takes a vector apart first.
 STOPGO_INLINE Words words(Halves x) {
@@ -128,8 +129,9 @@ STOPGO_INLINE Halves halves(Words x) {
 STOPGO_INLINE Floats widen(Halves x, BFloat16) {
 #if defined(__AVX512BW__)
   // A permutation that puts each value into an upper half: one instruction where widening and shifting are two.
-  const __m512i place = _mm512_set_epi32(0xF0000, 0xE0000, 0xD0000, 0xC0000, 0xB0000, 0xA0000, 0x90000, 0x80000, 0x70000,
-                                         0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+  const __m512i place =
+      _mm512_set_epi32(0xF0000, 0xE0000, 0xD0000, 0xC0000, 0xB0000, 0xA0000, 0x90000, 0x80000,  //
+                       0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
   const __m512i from = _mm512_castsi256_si512(bits_as<__m256i>(x));
   return bits_as<Floats>(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, place, from));
 #else
@@ -178,7 +180,7 @@ STOPGO_INLINE Halves narrow(Floats x, Float16) {
 #endif
 }
 
-// --- Loads and stores -------------------------------------------------------------------------------------------------
+// --- Loads and stores ----------------------------------------------------------------------------
 
 template <class Vector, class T>
 STOPGO_INLINE Vector raw_load(const T* p, Whole) {
@@ -266,7 +268,7 @@ STOPGO_INLINE void store(T* p, Floats v) {
   store(p, v, Whole{});
 }
 
-// --- Lanes chosen -----------------------------------------------------------------------------------------------------
+// --- Lanes chosen --------------------------------------------------------------------------------
 
 STOPGO_INLINE Ints lane_numbers() {
   Ints lane{};
@@ -280,7 +282,7 @@ STOPGO_INLINE Floats only(Floats v, Part part, float other = 0.0f) {
   return lane_numbers() < part.n ? v : broadcast(other);
 }
 
-// --- Over the lanes, always in the same order ---------------------------------------------------------------------------
+// --- Over the lanes, always in the same order ----------------------------------------------------
 
 template <class F>
 STOPGO_INLINE float fold(Floats v, F&& f) {
@@ -307,7 +309,7 @@ STOPGO_INLINE float largest(Floats v) {
 #endif
 }
 
-// --- Dtypes of the interface ------------------------------------------------------------------------------------------
+// --- Dtypes of the interface ---------------------------------------------------------------------
 
 // f(T{}) for the element type of a dtype code.
 template <class F>

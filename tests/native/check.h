@@ -28,8 +28,8 @@ struct Registered {
   Registered(const char* name, std::function<void()> body) { tests().push_back({name, std::move(body)}); }
 };
 
-#define TEST(name)                                          \
-  static void test_##name();                                \
+#define TEST(name)                                                \
+  static void test_##name();                                      \
   static check::Registered registered_##name(#name, test_##name); \
   static void test_##name()
 
@@ -48,15 +48,16 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-// --- Numbers ----------------------------------------------------------------------------------------------------------
+// --- Numbers
+// ----------------------------------------------------------------------------------------------------------
 
 constexpr int32_t kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2;
 constexpr int32_t kDtypes[] = {kFloat32, kBFloat16, kFloat16};
 
 struct Format {
-  int digits;      // of the significand, the hidden one too
+  int digits;  // of the significand, the hidden one too
   int min_exponent;  // of the smallest normal value, 2^min_exponent
-  int size;        // bytes
+  int size;  // bytes
 };
 inline Format format_of(int32_t dtype) {
   return dtype == kFloat32 ? Format{24, -126, 4} : dtype == kBFloat16 ? Format{8, -126, 2} : Format{11, -14, 2};
@@ -94,8 +95,9 @@ class Values {
       const int sign = std::signbit(x) ? 0x8000 : 0;
       int exponent = 0;
       std::frexp(size, &exponent);
-      const int bits = size < 0x1p-14 ? static_cast<int>(std::ldexp(size, 24))
-                                      : ((exponent + 14) << 10) + static_cast<int>(std::ldexp(size, 11 - exponent)) - 1024;
+      const int bits = size < 0x1p-14
+                           ? static_cast<int>(std::ldexp(size, 24))
+                           : ((exponent + 14) << 10) + static_cast<int>(std::ldexp(size, 11 - exponent)) - 1024;
       put(i, static_cast<uint16_t>(sign | bits));
     } else {
       const float value32 = static_cast<float>(x);
@@ -147,7 +149,8 @@ class Random {
   explicit Random(uint64_t seed) : engine_(seed) {}
 
   double normal() {  // Box and Muller's, since std::normal_distribution differs between libraries
-    const double u = (static_cast<double>(engine_() >> 11) + 0.5) * 0x1p-53, v = static_cast<double>(engine_() >> 11) * 0x1p-53;
+    const double u = (static_cast<double>(engine_() >> 11) + 0.5) * 0x1p-53,
+                 v = static_cast<double>(engine_() >> 11) * 0x1p-53;
     return std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v);
   }
   int64_t below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
@@ -167,17 +170,20 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// --- Comparison -------------------------------------------------------------------------------------------------------
+// --- Comparison
+// -------------------------------------------------------------------------------------------------------
 
 // Every value is the truth rounded once, but for the float32 arithmetic before: `slack` roundings of the largest value.
-inline void expect_close(const std::string& what, const Values& found, const std::vector<double>& truth, double slack = 16) {
+inline void expect_close(const std::string& what, const Values& found, const std::vector<double>& truth,
+                         double slack = 16) {
   expect(found.size() == static_cast<int64_t>(truth.size()), what + ": another number of values");
   const Format f = format_of(found.dtype());
   double largest = 0;
   for (double value : truth) largest = std::max(largest, std::fabs(value));
   for (int64_t i = 0; i < found.size(); ++i) {
     const double t = truth[static_cast<size_t>(i)];
-    const double allowed = std::ldexp(std::fabs(t), -f.digits) + slack * 0x1p-24 * largest + std::ldexp(1.0, f.min_exponent - f.digits);
+    const double allowed =
+        std::ldexp(std::fabs(t), -f.digits) + slack * 0x1p-24 * largest + std::ldexp(1.0, f.min_exponent - f.digits);
     if (!(std::fabs(found[i] - t) <= allowed)) {
       fail(text(what, "[", i, "] = ", found[i], ", in float64 ", t, ", allowed ", allowed));
       return;  // one line a result is enough

@@ -18,7 +18,8 @@ TEST(bias_gelu) {
         where = text("dtype ", dtype, ", ", rows, " rows of ", width);
         const int64_t n = rows * width;
         const Values x = random.values(dtype, n, 2), bias = random.values(dtype, width), dy = random.values(dtype, n);
-        std::vector<double> y_truth(static_cast<size_t>(n)), dx_truth = y_truth, dbias_truth(static_cast<size_t>(width));
+        std::vector<double> y_truth(static_cast<size_t>(n)), dx_truth = y_truth,
+                                                             dbias_truth(static_cast<size_t>(width));
         for (int64_t i = 0; i < n; ++i) {
           const double z = x[i] + bias[i % width], dz = dy[i] * (below(z) + z * density(z));
           y_truth[static_cast<size_t>(i)] = z * below(z);
@@ -27,11 +28,12 @@ TEST(bias_gelu) {
         }
         Values y(dtype, n), dx(dtype, n), y_again(dtype, n), dbias(dtype, width), dbias_again(dtype, width);
         stopgo_bias_gelu_forward(dtype, rows, width, x.data(), bias.data(), y.data());
-        stopgo_bias_gelu_backward(dtype, rows, width, dy.data(), x.data(), bias.data(), dx.data(), dbias.data(), y_again.data());
+        stopgo_bias_gelu_backward(dtype, rows, width, dy.data(), x.data(), bias.data(), dx.data(), dbias.data(),
+                                  y_again.data());
         const bool exact = dtype == kFloat32;  // 16-bit types may have less, far below their rounding
-        expect_close("y", y, y_truth, exact ? 4 : 64);
-        expect_close("dx", dx, dx_truth, exact ? 8 : 256);
-        expect_close("dbias", dbias, dbias_truth, exact ? 32 : 256);
+        expect_close("y", y, y_truth, exact ? 4 : 80);
+        expect_close("dx", dx, dx_truth, exact ? 8 : 400);
+        expect_close("dbias", dbias, dbias_truth, exact ? 32 : 400);
         expect(y_again == y, "y of backward differs from forward's");
 
         Values over_x = x, over_dy = dy;
@@ -63,21 +65,24 @@ TEST(bias_gelu_everywhere) {  // from where it is 0 to where it is z, in steps o
     stopgo_bias_gelu_backward(dtype, 1, n, dy.data(), x.data(), bias.data(), dx.data(), dbias.data(), y.data());
     for (int64_t i = 0; i < n; ++i) {  // each to its own size, not to the largest
       const double digits = std::ldexp(1.0, -format_of(dtype).digits);
-      const double y_off = dtype == kFloat32 ? 3e-7 : 4e-6, slope_off = dtype == kFloat32 ? 3e-7 : 1.5e-5;
+      const double y_off = dtype == kFloat32 ? 3e-7 : 4.5e-6, slope_off = dtype == kFloat32 ? 3e-7 : 2.2e-5;
       const double t = y_truth[static_cast<size_t>(i)], s = dx_truth[static_cast<size_t>(i)];
       expect(std::fabs(y[i] - t) <= std::fabs(t) * digits + y_off * std::min(1.0, std::fabs(z[static_cast<size_t>(i)])),
              text("gelu(", z[static_cast<size_t>(i)], ") = ", y[i], ", in float64 ", t));
-      expect(std::fabs(dx[i] - s) <= std::fabs(s) * digits + slope_off, text("slope at ", z[static_cast<size_t>(i)], ": ", dx[i], ", in float64 ", s));
+      expect(std::fabs(dx[i] - s) <= std::fabs(s) * digits + slope_off,
+             text("slope at ", z[static_cast<size_t>(i)], ": ", dx[i], ", in float64 ", s));
     }
   }
 }
 
 TEST(bias_gelu_on_two_threads) {
   Random random(9);
-  const Values x = random.values(kBFloat16, 131 * 1024), bias = random.values(kBFloat16, 1024), dy = random.values(kBFloat16, 131 * 1024);
+  const Values x = random.values(kBFloat16, 131 * 1024), bias = random.values(kBFloat16, 1024),
+               dy = random.values(kBFloat16, 131 * 1024);
   expect_same_bits_on_two_threads([&] {
     Values y(kBFloat16, x.size()), dx = y, dbias(kBFloat16, 1024), sums = dbias;
-    stopgo_bias_gelu_backward(kBFloat16, 131, 1024, dy.data(), x.data(), bias.data(), dx.data(), dbias.data(), y.data());
+    stopgo_bias_gelu_backward(kBFloat16, 131, 1024, dy.data(), x.data(), bias.data(), dx.data(), dbias.data(),
+                              y.data());
     stopgo_column_sums(kBFloat16, 131, 1024, dy.data(), 1024, sums.data());
     return std::vector<Values>{y, dx, dbias, sums};
   });

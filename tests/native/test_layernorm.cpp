@@ -24,7 +24,8 @@ struct Norm {
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, variance = 0;
       for (int64_t c = 0; c < width; ++c) mean += z[at(r, c)] / static_cast<double>(width);
-      for (int64_t c = 0; c < width; ++c) variance += (z[at(r, c)] - mean) * (z[at(r, c)] - mean) / static_cast<double>(width);
+      for (int64_t c = 0; c < width; ++c)
+        variance += (z[at(r, c)] - mean) * (z[at(r, c)] - mean) / static_cast<double>(width);
       rstd[static_cast<size_t>(r)] = 1 / std::sqrt(variance + kEps);
       for (int64_t c = 0; c < width; ++c) normal[at(r, c)] = (z[at(r, c)] - mean) * rstd[static_cast<size_t>(r)];
     }
@@ -80,9 +81,13 @@ struct BiasDropoutResidual {
   Values x, bias, residual, weight, shift, dy;
 
   BiasDropoutResidual(const Case& on, Random& random)
-      : on(on), x(random.values(on.dtype, on.size())), bias(random.values(on.dtype, on.width)),
-        residual(random.values(on.dtype, on.size(), 1, 3)), weight(random.values(on.dtype, on.width, 0.2, 1)),
-        shift(random.values(on.dtype, on.width)), dy(random.values(on.dtype, on.size())) {}
+      : on(on),
+        x(random.values(on.dtype, on.size())),
+        bias(random.values(on.dtype, on.width)),
+        residual(random.values(on.dtype, on.size(), 1, 3)),
+        weight(random.values(on.dtype, on.width, 0.2, 1)),
+        shift(random.values(on.dtype, on.width)),
+        dy(random.values(on.dtype, on.size())) {}
 
   Norm norm() const {
     Doubles z = doubles(on.size());
@@ -96,9 +101,10 @@ struct BiasDropoutResidual {
 
   // Results where x and residual point to them: y, mean, rstd.
   void forward(const Values& x_, const Values& residual_, void* y, float* mean, float* rstd) const {
-    stopgo_bias_dropout_residual_layernorm_forward(
-        on.dtype, on.rows, on.width, x_.data(), bias.data(), residual_.data(), weight.data(), shift.data(), on.key.data(),
-        on.row.data(), on.site.seed, on.site.step, on.site.site, on.site.threshold, static_cast<float>(kEps), y, mean, rstd);
+    stopgo_bias_dropout_residual_layernorm_forward(on.dtype, on.rows, on.width, x_.data(), bias.data(),
+                                                   residual_.data(), weight.data(), shift.data(), on.key.data(),
+                                                   on.row.data(), on.site.seed, on.site.step, on.site.site,
+                                                   on.site.threshold, static_cast<float>(kEps), y, mean, rstd);
   }
 
   struct Gradients {
@@ -110,8 +116,8 @@ struct BiasDropoutResidual {
     Gradients g{{on.dtype, on.width}, {on.dtype, on.width}, {on.dtype, on.width}};
     stopgo_bias_dropout_residual_layernorm_backward(
         on.dtype, on.rows, on.width, dy_.data(), x_.data(), bias.data(), residual_.data(), weight.data(), mean.floats(),
-        rstd.floats(), on.key.data(), on.row.data(), on.site.seed, on.site.step, on.site.site, on.site.threshold, dx, dresidual,
-        g.dbias.data(), g.dweight.data(), g.dshift.data());
+        rstd.floats(), on.key.data(), on.row.data(), on.site.seed, on.site.step, on.site.site, on.site.threshold, dx,
+        dresidual, g.dbias.data(), g.dweight.data(), g.dshift.data());
     return g;
   }
 };
@@ -121,7 +127,8 @@ void check_bias_dropout_residual(const Case& on, Random& random) {
   const Norm norm = op.norm();
   Doubles y_truth = doubles(on.size()), dy = doubles(on.size());
   for (int64_t i = 0; i < on.size(); ++i) {
-    y_truth[static_cast<size_t>(i)] = norm.normal[static_cast<size_t>(i)] * op.weight[i % on.width] + op.shift[i % on.width];
+    y_truth[static_cast<size_t>(i)] =
+        norm.normal[static_cast<size_t>(i)] * op.weight[i % on.width] + op.shift[i % on.width];
     dy[static_cast<size_t>(i)] = op.dy[i];
   }
   Values y(on.dtype, on.size()), mean(kFloat32, on.rows), rstd(kFloat32, on.rows);
@@ -156,12 +163,15 @@ void check_bias_dropout_residual(const Case& on, Random& random) {
 
   Values over_dy = op.dy, x_copy = op.x, residual_copy = op.residual, other(on.dtype, on.size());
   expect(op.backward(over_dy, op.x, op.residual, mean, rstd, over_dy.data(), other.data()) == g && over_dy == dx &&
-             other == dresidual, "dx over dy differs");
+             other == dresidual,
+         "dx over dy differs");
   over_dy = op.dy;
-  expect(op.backward(over_dy, op.x, op.residual, mean, rstd, other.data(), over_dy.data()) == g && over_dy == dresidual &&
-             other == dx, "dresidual over dy differs");
-  expect(op.backward(op.dy, x_copy, residual_copy, mean, rstd, x_copy.data(), residual_copy.data()) == g && x_copy == dx &&
-             residual_copy == dresidual, "dx over x and dresidual over residual differ");
+  expect(op.backward(over_dy, op.x, op.residual, mean, rstd, other.data(), over_dy.data()) == g &&
+             over_dy == dresidual && other == dx,
+         "dresidual over dy differs");
+  expect(op.backward(op.dy, x_copy, residual_copy, mean, rstd, x_copy.data(), residual_copy.data()) == g &&
+             x_copy == dx && residual_copy == dresidual,
+         "dx over x and dresidual over residual differ");
   if (on.site.threshold == 0) {
     over_dy = op.dy;
     expect(op.backward(over_dy, op.x, op.residual, mean, rstd, over_dy.data(), over_dy.data()) == g && over_dy == dx,
@@ -174,10 +184,15 @@ struct RegionEmbedding {
   Values x, feature_bias, boxes, location_weight, location_bias, weight, shift, dy;
 
   RegionEmbedding(const Case& on, Random& random)
-      : on(on), x(random.values(on.dtype, on.size())), feature_bias(random.values(on.dtype, on.width)),
-        boxes(random.values(kFloat32, on.rows * 5)), location_weight(random.values(on.dtype, on.width * 5)),
-        location_bias(random.values(on.dtype, on.width)), weight(random.values(on.dtype, on.width, 0.2, 1)),
-        shift(random.values(on.dtype, on.width)), dy(random.values(on.dtype, on.size())) {}
+      : on(on),
+        x(random.values(on.dtype, on.size())),
+        feature_bias(random.values(on.dtype, on.width)),
+        boxes(random.values(kFloat32, on.rows * 5)),
+        location_weight(random.values(on.dtype, on.width * 5)),
+        location_bias(random.values(on.dtype, on.width)),
+        weight(random.values(on.dtype, on.width, 0.2, 1)),
+        shift(random.values(on.dtype, on.width)),
+        dy(random.values(on.dtype, on.size())) {}
 
   Norm norm() const {
     Doubles z = doubles(on.size());
@@ -192,18 +207,18 @@ struct RegionEmbedding {
 
   void forward(void* y, float* mean, float* rstd) {
     stopgo_region_embedding_forward(on.dtype, on.rows, on.width, x.data(), feature_bias.data(), boxes.floats(),
-                                    location_weight.data(), location_bias.data(), weight.data(), shift.data(), on.key.data(),
-                                    on.row.data(), on.site.seed, on.site.step, on.site.site, on.site.threshold,
-                                    static_cast<float>(kEps), y, mean, rstd);
+                                    location_weight.data(), location_bias.data(), weight.data(), shift.data(),
+                                    on.key.data(), on.row.data(), on.site.seed, on.site.step, on.site.site,
+                                    on.site.threshold, static_cast<float>(kEps), y, mean, rstd);
   }
 
   // dfeature_bias, dlocation_weight, dweight, dshift.
   std::vector<Values> backward(const Values& dy_, const Values& x_, Values& mean, Values& rstd, void* dx) {
     std::vector<Values> g{{on.dtype, on.width}, {on.dtype, on.width * 5}, {on.dtype, on.width}, {on.dtype, on.width}};
-    stopgo_region_embedding_backward(on.dtype, on.rows, on.width, dy_.data(), x_.data(), feature_bias.data(), boxes.floats(),
-                                     location_weight.data(), location_bias.data(), weight.data(), mean.floats(), rstd.floats(),
-                                     on.key.data(), on.row.data(), on.site.seed, on.site.step, on.site.site, on.site.threshold,
-                                     dx, g[0].data(), g[1].data(), g[2].data(), g[3].data());
+    stopgo_region_embedding_backward(
+        on.dtype, on.rows, on.width, dy_.data(), x_.data(), feature_bias.data(), boxes.floats(), location_weight.data(),
+        location_bias.data(), weight.data(), mean.floats(), rstd.floats(), on.key.data(), on.row.data(), on.site.seed,
+        on.site.step, on.site.site, on.site.threshold, dx, g[0].data(), g[1].data(), g[2].data(), g[3].data());
     return g;
   }
 };
@@ -224,12 +239,14 @@ void check_region_embedding(const Case& on, Random& random) {
   expect_close("y", y, y_truth, on.width < 16 ? 500 : 64);
   expect(again == y, "without mean: another y");
 
-  Doubles dweight = doubles(on.width), dshift = doubles(on.width), dbias = doubles(on.width), dlocation = doubles(on.width * 5);
+  Doubles dweight = doubles(on.width), dshift = doubles(on.width), dbias = doubles(on.width),
+          dlocation = doubles(on.width * 5);
   const Doubles dz = norm.backward(dy, op.weight, dweight, dshift);
   for (int64_t i = 0; i < on.size(); ++i) {
     dbias[static_cast<size_t>(i % on.width)] += dz[static_cast<size_t>(i)];
     for (int64_t k = 0; k < 5; ++k)
-      dlocation[static_cast<size_t>(i % on.width * 5 + k)] += dz[static_cast<size_t>(i)] * op.boxes[i / on.width * 5 + k];
+      dlocation[static_cast<size_t>(i % on.width * 5 + k)] +=
+          dz[static_cast<size_t>(i)] * op.boxes[i / on.width * 5 + k];
   }
   Values dx(on.dtype, on.size());
   const auto g = op.backward(op.dy, op.x, mean, rstd, dx.data());
@@ -275,7 +292,8 @@ TEST(layernorm_of_a_large_mean) {  // would lose every digit if the variance wer
   op.forward(op.x, op.residual, y.data(), nullptr, nullptr);
   double worst = 0;
   for (int64_t i = 0; i < on.size(); ++i)
-    worst = std::max(worst, std::fabs(y[i] - norm.normal[static_cast<size_t>(i)] * op.weight[i % on.width] - op.shift[i % on.width]));
+    worst = std::max(worst, std::fabs(y[i] - norm.normal[static_cast<size_t>(i)] * op.weight[i % on.width] -
+                                      op.shift[i % on.width]));
   expect(worst < 2e-3, text("off by ", worst));
 }
 

@@ -17,7 +17,8 @@ Errors errors(double low, double high, F&& f, G&& truth) {
   Errors worst;
   for (int i = 0; i < kSteps; i += stopgo::kLanes) {
     float x[stopgo::kLanes], y[stopgo::kLanes];
-    for (int lane = 0; lane < stopgo::kLanes; ++lane) x[lane] = static_cast<float>(low + (high - low) * (i + lane) / kSteps);
+    for (int lane = 0; lane < stopgo::kLanes; ++lane)
+      x[lane] = static_cast<float>(low + (high - low) * (i + lane) / kSteps);
     stopgo::store(y, f(stopgo::load(x)));
     for (int lane = 0; lane < stopgo::kLanes; ++lane) {
       const double t = truth(static_cast<double>(x[lane])), error = std::fabs(y[lane] - t);
@@ -46,7 +47,8 @@ void convert_both_ways(int32_t dtype) {
     const double truth = expected[0];
     where = text("bits ", bits);
     if (std::isnan(truth)) {
-      expect(std::isnan(wide[0]) && std::isnan(stopgo::widen(stopgo::Halves{} + narrowed(wide[0]), T{})[0]), "a NaN is lost");
+      expect(std::isnan(wide[0]) && std::isnan(stopgo::widen(stopgo::Halves{} + narrowed(wide[0]), T{})[0]),
+             "a NaN is lost");
     } else {
       expect(wide[0] == truth, "widened wrongly");
       const bool subnormal = dtype == kBFloat16 && (bits & 0x7F80u) == 0;  // the instruction flushes those

@@ -33,7 +33,8 @@ void check_soft_labels(const Values& logits, int64_t examples, int64_t classes, 
       gradient[static_cast<size_t>(b * classes + c)] = 1 / (1 + std::exp(-at(c)));
       if (at(c) > at(best)) best = c;
     }
-    for (auto e = static_cast<size_t>(given.offsets[static_cast<size_t>(b)]); e < static_cast<size_t>(given.offsets[static_cast<size_t>(b) + 1]); ++e) {
+    for (auto e = static_cast<size_t>(given.offsets[static_cast<size_t>(b)]);
+         e < static_cast<size_t>(given.offsets[static_cast<size_t>(b) + 1]); ++e) {
       loss -= given.scores[e] * at(given.labels[e]);
       gradient[static_cast<size_t>(b * classes + given.labels[e])] -= given.scores[e];
       if (given.labels[e] == best) score += given.scores[e];
@@ -68,7 +69,8 @@ TEST(soft_label_bce) {
           const Values logits = random.values(dtype, examples * classes, scale);
           SoftLabels given;
           for (int64_t b = 0; b < examples; ++b) {
-            for (int64_t e = random.below(5); e > 0; --e) given.add(random.below(classes), 0.3 * static_cast<double>(1 + random.below(3)));
+            for (int64_t e = random.below(5); e > 0; --e)
+              given.add(random.below(classes), 0.3 * static_cast<double>(1 + random.below(3)));
             if (b % 2 == 0 && !given.labels.empty() && given.offsets.back() < static_cast<int64_t>(given.labels.size()))
               given.add(given.labels.back(), 0.3);  // a label may repeat
             given.end_example();
@@ -97,8 +99,8 @@ namespace {
 struct SoftmaxTruth {
   Doubles loss, gradient, dbias;
 
-  SoftmaxTruth(int64_t rows, int64_t classes, const Values& logits, const Values& bias, const Doubles& target, double scale,
-               Doubles start, bool entropy)
+  SoftmaxTruth(int64_t rows, int64_t classes, const Values& logits, const Values& bias, const Doubles& target,
+               double scale, Doubles start, bool entropy)
       : dbias(std::move(start)) {
     for (int64_t r = 0; r < rows; ++r) {
       Doubles z;
@@ -107,7 +109,8 @@ struct SoftmaxTruth {
       double sum = 0, mass = 0, row_loss = 0;
       for (double value : z) sum += std::exp(value - top);
       for (int64_t c = 0; c < classes; ++c) {
-        const double t = target[static_cast<size_t>(r * classes + c)], log_q = z[static_cast<size_t>(c)] - top - std::log(sum);
+        const double t = target[static_cast<size_t>(r * classes + c)],
+                     log_q = z[static_cast<size_t>(c)] - top - std::log(sum);
         mass += t;
         if (t > 0) row_loss += t * ((entropy ? std::log(t) : 0) - log_q);
       }
@@ -123,10 +126,11 @@ struct SoftmaxTruth {
 
 using Call = std::function<void(void* logits, int32_t gradient, float* loss, float* dbias)>;
 
-void check_softmax_rows(int64_t classes, const Values& logits, const SoftmaxTruth& truth, const Values& dbias_before, const Call& call,
-                        double slack) {
+void check_softmax_rows(int64_t classes, const Values& logits, const SoftmaxTruth& truth, const Values& dbias_before,
+                        const Call& call, double slack) {
   const auto rows = static_cast<int64_t>(truth.loss.size());
-  Values loss(kFloat32, rows), loss_again(kFloat32, rows), dlogits = logits, dlogits_again = logits, dbias = dbias_before;
+  Values loss(kFloat32, rows), loss_again(kFloat32, rows), dlogits = logits, dlogits_again = logits,
+                                                           dbias = dbias_before;
   call(dlogits.data(), 1, loss.floats(), dbias.floats());
   expect_close("loss", loss, truth.loss, slack);
   expect_close("dlogits", dlogits, truth.gradient, slack);
@@ -152,16 +156,22 @@ TEST(divergence_rows) {
           Values target(target_dtype, rows * classes);
           Doubles t;
           for (int64_t i = 0; i < rows * classes; ++i) {
-            target.set(i, i % 3 == 0 ? 0.0 : std::exp(2 * random.normal()) / static_cast<double>(classes));  // sums to what it likes
+            target.set(i, i % 3 == 0
+                              ? 0.0
+                              : std::exp(2 * random.normal()) / static_cast<double>(classes));  // sums to what it likes
             t.push_back(target[i]);
           }
           const Values dbias = random.values(kFloat32, classes);
           Doubles start;
           for (int64_t c = 0; c < classes; ++c) start.push_back(dbias[c]);
           const SoftmaxTruth truth(rows, classes, logits, bias, t, static_cast<float>(0.37), start, true);
-          check_softmax_rows(classes, logits, truth, dbias, [&](void* z, int32_t gradient, float* loss, float* sums) {
-            stopgo_divergence_rows(dtype, rows, classes, z, bias.data(), target_dtype, target.data(), 0.37f, gradient, loss, sums);
-          }, 100);
+          check_softmax_rows(
+              classes, logits, truth, dbias,
+              [&](void* z, int32_t gradient, float* loss, float* sums) {
+                stopgo_divergence_rows(dtype, rows, classes, z, bias.data(), target_dtype, target.data(), 0.37f,
+                                       gradient, loss, sums);
+              },
+              100);
         }
 }
 
@@ -182,9 +192,13 @@ TEST(cross_entropy_rows) {
           }
           const Values dbias(kFloat32, classes);
           const SoftmaxTruth truth(rows, classes, logits, bias, t, 0.5, Doubles(static_cast<size_t>(classes)), false);
-          check_softmax_rows(classes, logits, truth, dbias, [&](void* z, int32_t gradient, float* loss, float* sums) {
-            stopgo_cross_entropy_rows(dtype, rows, classes, z, bias.data(), labels.data(), 0.5f, gradient, loss, sums);
-          }, 200);
+          check_softmax_rows(
+              classes, logits, truth, dbias,
+              [&](void* z, int32_t gradient, float* loss, float* sums) {
+                stopgo_cross_entropy_rows(dtype, rows, classes, z, bias.data(), labels.data(), 0.5f, gradient, loss,
+                                          sums);
+              },
+              200);
         }
       }
 }
@@ -201,10 +215,12 @@ TEST(losses_on_two_threads) {
   expect_same_bits_on_two_threads([&] {
     Values a = logits, b = logits, c = logits, loss(kFloat32, rows), loss_b = loss, loss_c = loss, score = loss;
     Values dbias(kFloat32, classes), dbias_b = dbias;
-    stopgo_divergence_rows(kBFloat16, rows, classes, a.data(), bias.data(), kFloat32, target.data(), 1, 1, loss.floats(), dbias.floats());
-    stopgo_cross_entropy_rows(kBFloat16, rows, classes, b.data(), bias.data(), labels.data(), 1, 1, loss_b.floats(), dbias_b.floats());
-    stopgo_soft_label_bce(kBFloat16, rows, classes, logits.data(), offsets.data(), labels.data(), scores.data(), loss_c.floats(),
-                          score.floats(), c.data());
+    stopgo_divergence_rows(kBFloat16, rows, classes, a.data(), bias.data(), kFloat32, target.data(), 1, 1,
+                           loss.floats(), dbias.floats());
+    stopgo_cross_entropy_rows(kBFloat16, rows, classes, b.data(), bias.data(), labels.data(), 1, 1, loss_b.floats(),
+                              dbias_b.floats());
+    stopgo_soft_label_bce(kBFloat16, rows, classes, logits.data(), offsets.data(), labels.data(), scores.data(),
+                          loss_c.floats(), score.floats(), c.data());
     return std::vector<Values>{a, b, c, loss, loss_b, loss_c, score, dbias, dbias_b};
   });
 }
