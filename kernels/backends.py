@@ -48,20 +48,24 @@ _overrides: dict[str, str] = parse(os.environ.get(ENVIRONMENT, ""))
 
 
 def use(overrides: Mapping[str, str]) -> None:
-    """From now on these ops use these backends; ops not named follow the rule (or what was said before)."""
-    _overrides.update(check(overrides))
+    """From now on these ops use these backends, and all others what the environment says, or the rule."""
+    _set({**parse(os.environ.get(ENVIRONMENT, "")), **check(overrides)})
 
 
 @contextmanager
 def using(overrides: Mapping[str, str] | str) -> Iterator[None]:
-    """The same, for the time of a `with` block; a single name is for all ops."""
+    """For the time of a `with` block, on top of what is in use; a single name is for all ops."""
     before = dict(_overrides)
-    use(parse(overrides) if isinstance(overrides, str) else overrides)
+    _set({**before, **(parse(overrides) if isinstance(overrides, str) else check(overrides))})
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(before)
+        _set(before)
+
+
+def _set(overrides: Mapping[str, str]) -> None:
+    _overrides.clear()
+    _overrides.update(overrides)
 
 
 def choose(op: str, x: Tensor) -> str:

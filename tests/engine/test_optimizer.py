@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.assembly import Parts, assemble
-from kernels.backends import using
+from kernels.backends import report, using
 from tests.engine.small_run import configure
 
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-6, 0.01
@@ -94,3 +94,12 @@ def test_missing_gradients_count_as_zeros_in_the_trunk(tmp_path: Path) -> None:
     parts.model.trunk.poolers.drop_gradients()
     parts.optimizer.step("region_head", 1.0, torch.tensor(1.0))
     assert not torch.equal(weights, parts.model.trunk.poolers.matrices), "momentum goes on where no gradient arrives"
+
+
+def test_a_run_does_not_leave_its_kernels_to_the_next(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    before = report(device)
+    assemble(configure(tmp_path, "kernels=torch"))
+    assert {choice.backend for choice in report(device)} == {"torch"}
+    assemble(configure(tmp_path))
+    assert report(device) == before
