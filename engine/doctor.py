@@ -19,7 +19,7 @@ from kernels import backends, native_library
 from pipelines.errors import BadInput
 
 _OPTIONAL = {
-    "apex": "NVIDIA's fused LayerNorm and optimizers, from source; choose with optimizer.implementation=apex",
+    "apex": "NVIDIA's fused LayerNorm, a peer of bench.kernels; from source",
     "deepspeed": "the launcher, ZeRO and its CPU Adam: make setup-gpu",
     "flash_attn": "a peer of bench.kernels on GPUs",
     "liger_kernel": "a peer of bench.kernels on GPUs",

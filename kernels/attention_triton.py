@@ -446,7 +446,7 @@ class _Sizes(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """Of a launch. With two stages, the next tile of a loop is on its way while one is worked on."""
-        return {"num_warps": 8 if self.wide else 4, "num_stages": 1 if self.full else 2}
+        return {"num_warps": 4, "num_stages": 1} if self.full else {"num_warps": 8 if self.wide else 4, "num_stages": 2}
 
     def forward(self, direction: int, queries: int, keys: int) -> _Part:
         """For items of up to so many queries and keys."""
@@ -467,7 +467,7 @@ class _Sizes(NamedTuple):
             blocks = (64, 32) if queries > 32 else (32, 64 if self.wide else 32)
             return [_Part(direction, 1, *blocks, all=True)]
         of_keys = (16, 16) if self.full else (32, 64 if self.wide else 32)
-        of_queries = (16, 16) if self.full else (128 if self.wide else 64, 32)
+        of_queries = (16, 32) if self.full else (128 if self.wide else 64, 32)
         return [
             _Part(direction, triton.cdiv(queries, of_queries[0]), *of_queries, all=False),
             _Part(direction, triton.cdiv(keys, of_keys[1]), *of_keys, all=False, of_keys=True),

@@ -18,10 +18,11 @@
 
 namespace stopgo {
 
-constexpr int64_t kTile = 64;     // columns of a dropout tile: kernels/dropout.py
-constexpr int kHeadShift = 16;    // the row of a dropout counter is (head << kHeadShift) + query
-constexpr int64_t kQueries = 64;  // queries of a block
-constexpr int64_t kChunk = 512;   // queries whose probabilities are held at a time, in backward
+constexpr int64_t kTile = 64;          // columns of a dropout tile: kernels/dropout.py
+constexpr int kHeadShift = 16;         // the row of a dropout counter is (head << kHeadShift) + query
+constexpr int64_t kQueries = 64;       // queries of a block
+constexpr int64_t kChunk = 512;        // queries whose probabilities are held at a time, in backward
+constexpr int64_t kStoreColumns = 64;  // of a product between its sums and the tensor that they go to
 static_assert(kChunk % kQueries == 0 && kQueries % kPad == 0, "blocks of whole vectors and tiles");
 
 // e^(x * scale) for x <= 0. What becomes bfloat16 pairs is within 3e-6 of itself, the rest as near as `exp`.
@@ -235,16 +236,19 @@ void pack_turned(Rows<const T> x, int64_t rows, int64_t width, Units strip, Unit
   }
 }
 
-// x[r] = factor(r) times row r of a b, in blocks of rows whose sums stay in the nearest cache.
+// x[r] = factor(r) times row r of a b, in blocks whose sums stay in the nearest cache, as b does for a block's columns.
 template <class Math, class T, class Factor>
 void product_to_rows(int64_t rows, int64_t width, int64_t depth, Units a, Units b, Sums block, Rows<T> x,
                      Factor&& factor) {
   using Form = Layout<Math::kPerUnit>;
-  for (int64_t first = 0; first < rows; first += Math::kStoreRows) {
-    const int64_t n = std::min(Math::kStoreRows, rows - first);
-    Math::product(n, Form::columns(width), depth, a.from(first, 0), b, block);
-    for (int64_t r = 0; r < n; ++r) Form::unpack(block.row(r), factor(first + r), width, x.row(first + r));
-  }
+  const int64_t columns = Form::columns(width);
+  for (int64_t c = 0; c < columns; c += kStoreColumns)
+    for (int64_t first = 0; first < rows; first += Math::kStoreRows) {
+      const int64_t n = std::min(Math::kStoreRows, rows - first), values = std::min(kStoreColumns, width - c);
+      Math::product(n, std::min(kStoreColumns, columns - c), depth, a.from(first, 0), b.from(0, c), block);
+      for (int64_t r = first; r < first + n; ++r)
+        Form::unpack(block.row(r - first), factor(r), values, x.row(r) + c, width);
+    }
 }
 
 STOPGO_INLINE Floats column_largest(Sums s, int64_t rows, int64_t column) {
@@ -295,7 +299,7 @@ void attention_forward(const Head<T>& h) {
   Workspace& w = own_workspace();
   const Units k = w.units(h.keys, head_depth), v = w.units(key_depth, columns);
   const Units strip = w.units(kPad, head_depth), q_turned = w.units(head_depth, block);
-  const Sums scores = w.sums(h.keys, block), sums = w.sums(Math::kStoreRows, columns);
+  const Sums scores = w.sums(h.keys, block), sums = w.sums(Math::kStoreRows, kStoreColumns);
   const Units p_turned = w.units(key_depth, block), p = w.units(block, key_depth);
   alignas(64) float total[kQueries], lse[kQueries];
   const float keep_scale = h.site.scale();
@@ -386,7 +390,7 @@ void attention_backward(const Head<T>& h) {
   const Units strip = w.units(kPad, head_depth);
   const Units q_turned = w.units(head_depth, block), dout_turned = w.units(head_depth, block);
   const Units q_depth = w.units(chunk_depth, columns), dout_depth = w.units(chunk_depth, columns);
-  const Sums s = w.sums(h.keys, block), dp = w.sums(h.keys, block), sums = w.sums(Math::kStoreRows, columns);
+  const Sums s = w.sums(h.keys, block), dp = w.sums(h.keys, block), sums = w.sums(Math::kStoreRows, kStoreColumns);
   const Units p = w.units(h.keys, chunk_depth), ds = w.units(h.keys, chunk_depth);
   const Units ds_depth = w.units(key_depth, block), ds_turned = w.units(block, key_depth);
   const Sums dk = w.sums(chunked ? h.keys : 0, columns), dv = w.sums(chunked ? h.keys : 0, columns);
@@ -426,8 +430,8 @@ void attention_backward(const Head<T>& h) {
   }
   if (!chunked) return;
   for (int64_t r = 0; r < h.keys; ++r) {
-    Form::unpack(dv.row(r), keep_scale, h.width, h.dv.row(r));
-    Form::unpack(dk.row(r), h.scale, h.width, h.dk.row(r));
+    Form::unpack(dv.row(r), keep_scale, h.width, h.dv.row(r), h.width);
+    Form::unpack(dk.row(r), h.scale, h.width, h.dk.row(r), h.width);
   }
 }
 

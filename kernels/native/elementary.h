@@ -23,8 +23,7 @@ STOPGO_INLINE Floats reciprocal(Floats x) {
 
 // e^x within 2 ulp; 0 below -104 (also at -infinity), subnormals on the way, infinity above 88.8, NaN for NaN.
 STOPGO_INLINE Floats exp(Floats x) {
-  x = x < -104.0f ? broadcast(-104.0f) : x;
-  x = x > 89.0f ? broadcast(89.0f) : x;
+  x = minimum(broadcast(89.0f), maximum(broadcast(-104.0f), x));  // this way round, a NaN stays one
   // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer; ln 2 is split so that n times its first part is exact.
   const Floats shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f)), n = shifted - 12582912.0f;
   const Floats r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
@@ -71,7 +70,7 @@ STOPGO_INLINE Normal normal(Floats z) {
   const Floats slope = polynomial(u, 3.98942113e-1f, -6.64882585e-2f, 9.96583048e-3f, -1.17515039e-3f, 1.05931314e-4f,
                                   -5.71508735e-6f);
   const Floats center = fma(slope, z, broadcast(0.5f));
-  const Floats t = reciprocal(fma(minimum(absolute(z), broadcast(100.0f)), broadcast(0.41f), broadcast(1.0f)));
+  const Floats t = reciprocal(fma(minimum(broadcast(100.0f), absolute(z)), broadcast(0.41f), broadcast(1.0f)));
   const Floats slow = polynomial(t, 0.163581744f, 0.163172349f, 0.140267953f, 0.0569685027f, 0.0926160440f,
                                  -0.192252666f, 0.0762890950f);
   const Floats tail = t * density * slow;

@@ -20,10 +20,19 @@ struct ExactGelu {
   }
 };
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(__AVX2__)
 
-// Cubics over 16 intervals of |z|, whose coefficients fit a register: a lookup is one permutation. y within 4.5e-6 of
-// z, the slope within 2.2e-5, far below a rounding of the 16-bit types, at less than half the cost.
+// table[i] for the lowest bits i of each lane.
+STOPGO_INLINE Floats lookup(const float (&table)[kLanes], Words i) {
+#if defined(__AVX512BW__)
+  return _mm512_permutexvar_ps(bits_as<__m512i>(i), _mm512_load_ps(table));
+#else
+  return _mm256_permutevar8x32_ps(_mm256_load_ps(table), bits_as<__m256i>(i));
+#endif
+}
+
+// Polynomials over intervals of |z|, as many as a register has lanes: a lookup of a coefficient is one permutation. y
+// within 4.5e-6 of z, the slope within 2.2e-5, far below a rounding of the 16-bit types, at less than half the cost.
 class TableGelu {
  public:
   TableGelu() {
@@ -45,22 +54,22 @@ class TableGelu {
   }
 
  private:
-  static constexpr int kIntervals = 16, kCoefficients = 4;
-  static constexpr double kWidth = 0.39;  // of an interval, the first one's upper half apart
-  static constexpr float kEnd = 6.04f;    // of the last one: from there on, both functions are their limits
+  static constexpr int kCoefficients = kLanes == 16 ? 4 : 6;
+  static constexpr float kEnd = 6.04f;  // from there on, both functions are their limits
+  static constexpr double kWidth = kEnd / (kLanes - 0.51);  // of an interval; the first one is half as wide
   static constexpr double kPi = 3.14159265358979323846;
-  using Table = float[kCoefficients][kIntervals];
+  using Table = float[kCoefficients][kLanes];
 
   // |z|, and its interval's number in the low bits of an integer.
   struct Place {
     Floats a;
-    __m512i interval;
+    Words interval;
 
     STOPGO_INLINE Floats value(const Table& table) const {
-      const auto coefficient = [&](int k) STOPGO_INLINE_LAMBDA {
-        return static_cast<Floats>(_mm512_permutexvar_ps(interval, _mm512_load_ps(table[k])));
-      };
-      return fma(fma(fma(coefficient(3), a, coefficient(2)), a, coefficient(1)), a, coefficient(0));
+      Floats sum = lookup(table[kCoefficients - 1], interval);
+#pragma GCC unroll 8
+      for (int k = kCoefficients - 2; k >= 0; --k) sum = fma(sum, a, lookup(table[k], interval));
+      return sum;
     }
   };
 
@@ -71,13 +80,13 @@ class TableGelu {
   STOPGO_INLINE static Place at(Floats z) {
     const Floats a = minimum(broadcast(kEnd), absolute(z));  // this way round, a NaN stays one
     // 1.5 * 2^23: the sum is rounded to an integer, which stands in its low bits.
-    return {a, bits_as<__m512i>(fma(a, broadcast(static_cast<float>(1 / kWidth)), broadcast(12582912.0f)))};
+    return {a, bits_as<Words>(fma(a, broadcast(static_cast<float>(1 / kWidth)), broadcast(12582912.0f)))};
   }
 
   // Newton's interpolation in Chebyshev's nodes, multiplied out.
   template <class F>
   static void fit(F&& f, Table& table) {
-    for (int i = 0; i < kIntervals; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       double power[kCoefficients] = {};
       double node[kCoefficients], difference[kCoefficients];
       const double low = std::max(i - 0.5, 0.0) * kWidth, high = (i + 0.5) * kWidth;

@@ -151,8 +151,8 @@ inline constexpr TileConfig kTileConfig{};
 struct TileMath {
   static constexpr int64_t kPerUnit = 2, kDepth = 16, kStoreRows = 32;
 
-  // The tiles of one thread. Whoever used them before (oneDNN does) left other shapes behind; and while they are in use,
-  // every switch of threads is dearer.
+  // The tiles of one thread. Who used them before (oneDNN does) left other shapes behind; and tiles in use make every
+  // switch of threads dearer.
   class Session {
    public:
     Session() {

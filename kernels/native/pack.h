@@ -55,9 +55,9 @@ struct Layout<1> {
     }
   }
 
-  // A row of a product with a matrix by depth, times f.
+  // Part of a row of a product with a matrix by depth, times f. `next`: how far behind it the next head's values go.
   template <class T>
-  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, T* to) {
+  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, T* to, [[maybe_unused]] int64_t next) {
     for_vectors(width, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA { store(to + c, load(sums + c) * f, lanes); });
   }
 
@@ -98,9 +98,9 @@ struct Layout<2> {
     }
   }
 
-  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, BFloat16* to) {
+  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, BFloat16* to, int64_t next) {
     for (int64_t c = 0; c < width; c += 32) {
-      __builtin_prefetch(to + c + width, 1, kFarCache);
+      __builtin_prefetch(to + c + next, 1, kFarCache);
       const __m512i both = joined(load(sums + c) * f, load(sums + c + 16) * f);
       _mm512_mask_storeu_epi16(to + c, values_from(c, width), both);
     }

@@ -206,13 +206,12 @@ class Decisions {  // a byte a column, 1 or 0
     philox::RowDraws draws(site, static_cast<uint32_t>(key), static_cast<uint32_t>(row));
     const auto next = [&]() STOPGO_INLINE_LAMBDA { return decide(draws.next(), site.threshold); };
     philox::for_runs(width, tile, next, [=](const Kept& group, int64_t first, int64_t n, int64_t column) {
-      for (int lane = 0; lane < 8; ++lane) {
-        uint8_t* to = kept_ + column + lane * eighth;
-        if (n == kLanes)
-          std::memcpy(to, group.lane[lane], kLanes);
-        else
-          std::memcpy(to, group.lane[lane] + first, static_cast<size_t>(n));
-      }
+      const auto at = [=](int lane) STOPGO_INLINE_LAMBDA { return kept_ + column + lane * eighth; };
+      const auto from = [&](int lane) STOPGO_INLINE_LAMBDA { return group.lane[lane / 2 + lane % 2 * 4] + first; };
+      if (n == kLanes)
+        for (int lane = 0; lane < 8; ++lane) std::memcpy(at(lane), from(lane), kLanes);
+      else
+        for (int lane = 0; lane < 8; ++lane) std::memcpy(at(lane), from(lane), static_cast<size_t>(n));
     });
   }
 
@@ -226,17 +225,35 @@ class Decisions {  // a byte a column, 1 or 0
 
  private:
   struct Kept {
-    uint8_t lane[8][kLanes];
+    uint8_t lane[8][kLanes];  // a byte a block; lanes 0, 2, 4, 6, 1, 3, 5, 7
   };
 
   STOPGO_INLINE static Kept decide(const philox::Blocks& blocks, uint32_t threshold) {
-    Kept kept;
-    for (int lane = 0; lane < 8; ++lane) {
-      const Words word = blocks.word[lane >> 1];
-      const Ints drawn = bits_as<Ints>(lane & 1 ? word >> 16 : word & 0xFFFFu);
-      const Bytes bytes = __builtin_convertvector(drawn >= static_cast<int32_t>(threshold), Bytes) & 1;
-      std::memcpy(kept.lane[lane], &bytes, kLanes);
+    Kept kept{};
+    if (threshold > 0xFFFF) return kept;
+#if defined(__AVX2__)
+    const __m256i least = _mm256_set1_epi16(static_cast<int16_t>(threshold)), none = _mm256_setzero_si256();
+    __m256i low[4], high[4];  // -1 where kept, in 32 bits
+    for (int word = 0; word < 4; ++word) {
+      const __m256i w = bits_as<__m256i>(blocks.word[word]);
+      const __m256i both = _mm256_cmpeq_epi16(_mm256_subs_epu16(least, w), none);
+      low[word] = _mm256_srai_epi32(_mm256_slli_epi32(both, 16), 16);
+      high[word] = _mm256_srai_epi32(both, 16);
     }
+    const auto pack = [](const __m256i(&x)[4]) STOPGO_INLINE_LAMBDA {
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+      const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      return _mm256_and_si256(in_order, _mm256_set1_epi8(1));
+    };
+    const __m256i even = pack(low), odd = pack(high);
+    std::memcpy(kept.lane[0], &even, sizeof even);
+    std::memcpy(kept.lane[4], &odd, sizeof odd);
+#else
+    for (int lane = 0; lane < 8; ++lane) {
+      const Words word = blocks.word[lane / 2], drawn = lane & 1 ? word >> 16 : word & 0xFFFFu;
+      for (int i = 0; i < kLanes; ++i) kept.lane[lane / 2 + lane % 2 * 4][i] = drawn[i] >= threshold;
+    }
+#endif
     return kept;
   }
 

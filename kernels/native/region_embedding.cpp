@@ -112,7 +112,6 @@ struct Backward {
 
   template <bool kDrop>
   void run() const {
-    const int64_t padded = whole_vectors(width);
     float* memory = call_scratch().get<float>(Shared::size(width) + ColumnSums::size(rows, kKinds, width));
     const Shared shared = share<T>(memory, width, feature_bias, location_weight, location_bias, weight, nullptr);
     const ColumnSums sums(memory + Shared::size(width), kKinds, width);

@@ -68,8 +68,29 @@ STOPGO_INLINE To bits_as(From from) {
   return to;
 }
 
-STOPGO_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
-STOPGO_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+// b where either is a NaN.
+STOPGO_INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+STOPGO_INLINE Floats minimum(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 STOPGO_INLINE Floats absolute(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7FFFFFFFu); }
 
 // a * b + c, rounded once where the instruction set can: spelt out where the same bits are wanted wherever it is
@@ -105,6 +126,8 @@ STOPGO_INLINE Words words(Halves x) {
   return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(x)));
 #elif defined(__AVX2__)
   return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x)));
+#elif defined(__SSE2__)
+  return bits_as<Words>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(bits_as<long long>(x)), _mm_setzero_si128()));
 #else
   return __builtin_convertvector(x, Words);
 #endif
@@ -114,13 +137,22 @@ STOPGO_INLINE Words words(Bytes x) {
   return bits_as<Words>(_mm512_cvtepu8_epi32(bits_as<__m128i>(x)));
 #elif defined(__AVX2__)
   return bits_as<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<long long>(x))));
+#elif defined(__SSE2__)
+  const __m128i none = _mm_setzero_si128();
+  return bits_as<Words>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(bits_as<int>(x)), none), none));
 #else
   return __builtin_convertvector(x, Words);
 #endif
 }
-STOPGO_INLINE Halves halves(Words x) {
+STOPGO_INLINE Halves halves(Words x) {  // of values below 2^16
 #if defined(__AVX512BW__)
   return bits_as<Halves>(_mm512_cvtepi32_epi16(bits_as<__m512i>(x)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(bits_as<__m256i>(x), bits_as<__m256i>(x));
+  return bits_as<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#elif defined(__SSE2__)
+  const __m128i as_signed = _mm_srai_epi32(_mm_slli_epi32(bits_as<__m128i>(x), 16), 16);  // so that packing is exact
+  return bits_as<Halves>(_mm_cvtsi128_si64(_mm_packs_epi32(as_signed, as_signed)));
 #else
   return __builtin_convertvector(x, Halves);
 #endif

@@ -173,17 +173,18 @@ class Random {
 // --- Comparison
 // -------------------------------------------------------------------------------------------------------
 
-// Every value is the truth rounded once, but for the float32 arithmetic before: `slack` roundings of the largest value.
+// Every value is the truth rounded once, but for the float32 arithmetic before, `slack` roundings of the largest value,
+// and for `absolute`.
 inline void expect_close(const std::string& what, const Values& found, const std::vector<double>& truth,
-                         double slack = 16) {
+                         double slack = 16, double absolute = 0) {
   expect(found.size() == static_cast<int64_t>(truth.size()), what + ": another number of values");
   const Format f = format_of(found.dtype());
   double largest = 0;
   for (double value : truth) largest = std::max(largest, std::fabs(value));
   for (int64_t i = 0; i < found.size(); ++i) {
     const double t = truth[static_cast<size_t>(i)];
-    const double allowed =
-        std::ldexp(std::fabs(t), -f.digits) + slack * 0x1p-24 * largest + std::ldexp(1.0, f.min_exponent - f.digits);
+    const double rounding = std::ldexp(std::fabs(t), -f.digits) + std::ldexp(1.0, f.min_exponent - f.digits);
+    const double allowed = rounding + slack * 0x1p-24 * largest + absolute;
     if (!(std::fabs(found[i] - t) <= allowed)) {
       fail(text(what, "[", i, "] = ", found[i], ", in float64 ", t, ", allowed ", allowed));
       return;  // one line a result is enough

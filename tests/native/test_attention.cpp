@@ -47,7 +47,8 @@ class Tensor {
         size_(format_of(dtype_).size),
         memory_(static_cast<size_t>(((rows_ - 1) * stride_ + width) * size_)) {
     std::memset(memory_.at(), kGap, static_cast<size_t>(((rows_ - 1) * stride_ + width) * size_));
-    for (int64_t r = 0; r < rows_; ++r) std::memcpy(row(r), bytes(values.data(), r), static_cast<size_t>(width_ * size_));
+    for (int64_t r = 0; r < rows_; ++r)
+      std::memcpy(row(r), bytes(values.data(), r), static_cast<size_t>(width_ * size_));
   }
 
   void* data() const { return memory_.at(); }
@@ -195,7 +196,7 @@ double rms(const Doubles& x) {
   return std::sqrt(sum / static_cast<double>(x.size()));
 }
 
-// Errors in relation to the size of the result. `size`: of all results, for one that is 0 but for what cancels.
+// The error is at most `allowed` times the size of the result, both root mean squares.
 void expect_near(const std::string& what, const Values& found, const Doubles& truth, double allowed) {
   Doubles error(truth.size());
   for (size_t i = 0; i < truth.size(); ++i) error[i] = found[static_cast<int64_t>(i)] - truth[i];
@@ -269,8 +270,8 @@ std::string described(const Implementation& by, const Shape& s) {
     for (int64_t length : lengths) all += text(all.empty() ? "" : ",", length);
     return all;
   };
-  return text(by.name, ", dtype ", s.dtype, ", queries ", joined(s.q), ", keys ", joined(s.k), ", ", s.heads, " heads of ",
-              s.head_dim, ", gap ", s.gap, ", threshold ", s.site.threshold);
+  return text(by.name, ", dtype ", s.dtype, ", queries ", joined(s.q), ", keys ", joined(s.k), ", ", s.heads,
+              " heads of ", s.head_dim, ", gap ", s.gap, ", threshold ", s.site.threshold);
 }
 
 void check_shape(const Shape& s) {
@@ -301,7 +302,7 @@ TEST(attention_long) {
   for (int32_t dtype : kDtypes)
     for (const Site& site : {kNoDropout, kDropout}) {
       check_shape({dtype, {256, 306}, {306, 100}, 1, 64, 0, site});
-      check_shape({dtype, {1, 513, 20}, {700, 70, 1030}, 1, 24, 24, site});  // more queries, and keys, than are held at a time
+      check_shape({dtype, {1, 513, 20}, {700, 70, 1030}, 1, 24, 24, site});  // more than are held at a time
       check_shape({dtype, {1100}, {3}, 1, 8, 0, site});
       check_shape({dtype, {40}, {50}, 1, 256, 0, site});
     }
@@ -423,9 +424,9 @@ void check_products(const char* name) {
       for (int64_t sum : {1, 2, 31, 33, 100}) {
         where = text(name, " ", rows, "x", columns, "x", sum);
         const int64_t depth = depth_of<Math>(sum), per_unit = Math::kPerUnit;
-        const Units a{new (std::align_val_t{64}) uint32_t[static_cast<size_t>(round_up(rows, kPad) * ld_of(depth))], ld_of(depth)};
-        const Units b{new (std::align_val_t{64}) uint32_t[static_cast<size_t>(depth * ld_of(columns))], ld_of(columns)};
-        const Sums c{new (std::align_val_t{64}) float[static_cast<size_t>(round_up(rows, kPad) * ld_of(columns))], ld_of(columns)};
+        Workspace& scratch = own_workspace();
+        const Units a = scratch.units(rows, depth), b = scratch.units(depth, columns);
+        const Sums c = scratch.sums(rows, columns);
         const int32_t dtype = per_unit == 1 ? kFloat32 : kBFloat16;
         Values left = random.values(dtype, rows * sum), right = random.values(dtype, sum * columns);
         zero_rows(a, 0, rows, depth);
@@ -449,9 +450,6 @@ void check_products(const char* name) {
               truth[static_cast<size_t>(r * columns + n)] += 2 * left[r * sum + k] * right[k * columns + n];
           }
         expect_near("product", found, truth, 2e-6);
-        ::operator delete[](a.at, std::align_val_t{64});
-        ::operator delete[](b.at, std::align_val_t{64});
-        ::operator delete[](c.at, std::align_val_t{64});
       }
 }
 
