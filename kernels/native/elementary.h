@@ -62,8 +62,8 @@ struct Normal {
   Floats below, density;
 };
 
-// `below` within 1.1e-7, on the left also within 2e-6 of itself down to z = -6, and 0 and 1 at infinity; `density` within
-// 7e-8.
+// `below` within 1.1e-7, on the left also within 2e-6 of itself down to z = -6, and 0 and 1 at infinity; `density`
+// within 7e-8.
 STOPGO_INLINE Normal normal(Floats z) {
   const Floats u = z * z, density = exp(u * -0.5f);
   // Around 0, an even polynomial times z; elsewhere the density times what varies slowly, seen from the left.
