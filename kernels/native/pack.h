@@ -31,6 +31,10 @@ inline void zero_rows(Units out, int64_t first, int64_t end, int64_t columns) {
   }
 }
 
+// The next head's values stand right behind this one's, and its turn is next: into the second cache with them.
+STOPGO_INLINE void ask_for(const void* at) { __builtin_prefetch(at, 0, 2); }
+STOPGO_INLINE void ask_for_writing(const void* at) { __builtin_prefetch(at, 1, 2); }
+
 // What depends on how many values a unit holds.
 template <int64_t kPerUnit>
 struct Layout;
@@ -49,6 +53,7 @@ struct Layout<1> {
         const T* from = x.row(r);
         uint32_t* to = out.row(r);
         for_vectors(width, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
+          ask_for(from + c + width);
           raw_store(to + c, bits_as<Words>(load(from + c, lanes)), lanes);
         });
       }
@@ -57,8 +62,11 @@ struct Layout<1> {
 
   // Part of a row of a product with a matrix by depth, times f. `next`: how far behind it the next head's values go.
   template <class T>
-  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, T* to, [[maybe_unused]] int64_t next) {
-    for_vectors(width, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA { store(to + c, load(sums + c) * f, lanes); });
+  static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, T* to, int64_t next) {
+    for_vectors(width, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
+      ask_for_writing(to + c + next);
+      store(to + c, load(sums + c) * f, lanes);
+    });
   }
 
   // Rows r (even) and r + 1 of kLanes columns, by depth and by rows.
@@ -82,8 +90,8 @@ struct Layout<2> {
       const BFloat16 *first = x.row(r), *second = x.row(r + paired);
       for (int64_t c = 0; c < width; c += 32) {
         const __mmask32 there = values_from(c, width);
-        __builtin_prefetch(first + c + width, 0, kFarCache);  // the next head's
-        __builtin_prefetch(second + c + width, 0, kFarCache);
+        ask_for(first + c + width);
+        ask_for(second + c + width);
         const Words a = bits_as<Words>(_mm512_maskz_loadu_epi16(there, first + c));
         const Words b = bits_as<Words>(_mm512_maskz_loadu_epi16(paired ? there : 0, second + c));
         if (by_rows.at != nullptr) {
@@ -100,7 +108,7 @@ struct Layout<2> {
 
   static STOPGO_INLINE void unpack(const float* sums, float f, int64_t width, BFloat16* to, int64_t next) {
     for (int64_t c = 0; c < width; c += 32) {
-      __builtin_prefetch(to + c + next, 1, kFarCache);
+      ask_for_writing(to + c + next);
       const __m512i both = joined(load(sums + c) * f, load(sums + c + 16) * f);
       _mm512_mask_storeu_epi16(to + c, values_from(c, width), both);
     }
@@ -116,8 +124,6 @@ struct Layout<2> {
   }
 
  private:
-  static constexpr int kFarCache = 2;
-
   static STOPGO_INLINE __mmask32 values_from(int64_t column, int64_t width) {
     return width - column >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - column)) - 1;
   }
