@@ -27,7 +27,7 @@ from kernels.recorded import Recorded
 from kernels.rows import Rows
 from kernels.variants import Variant
 
-HEAD_SHIFT = 16
+HEAD_SHIFT: int = attention_triton.HEAD_SHIFT.value
 """In dropout counters, the row of head h and query row r is (h << HEAD_SHIFT) + r."""
 
 
@@ -44,7 +44,7 @@ class Direction(NamedTuple):
     """[Tq, N * D], written by forward, read by backward."""
     sums: Tensor
     """float32, 2 * Tq * N values, what backward needs of each row's softmax, in the backend's own form: the logarithm of the
-    sum of exponentials (native), or the largest score and the sum of exponentials of what is left (Triton)."""
+    sum of exponentials (native), or the largest score and the sum of exponentials beside it (Triton)."""
 
 
 class Gradients(NamedTuple):

@@ -132,7 +132,8 @@ def _kept(x, item, head, row, first_column, ROWS: tl.constexpr, COLUMNS: tl.cons
     c0, c3 = tl.load(x.item_key + item).to(tl.uint32), x.site.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, counter.to(tl.uint32), block.to(tl.uint32), c3)
     # Column c of a tile of 64 uses lane c // 8 of block c % 8. In the accumulator of a tensor core, too, a thread has all
-    # columns of the same c % 8: it draws what it needs, selects lanes by constants, and moves nothing to other threads.
+    # columns of the same c % 8: it draws what it needs, selects lanes by constants, and moves nothing to other threads. (The
+    # wide products of `kernels.dropout.draw` look so dear to Triton that it draws elsewhere and moves the mask.)
     lane = (first_column % 64 // 8 + tl.arange(0, COLUMNS // 8))[None, :, None]
     low, high = tl.where(lane < 2, w0[:, None, :], w1[:, None, :]), tl.where(lane < 6, w2[:, None, :], w3[:, None, :])
     word = tl.where(lane < 4, low, high)
@@ -291,7 +292,7 @@ def _backward_queries(
         dk_base = _at(g.dk, g.dk_stride, k_first, head, HEAD_DIM)
         dv_base = _at(g.dv, g.dv_stride, k_first, head, HEAD_DIM)
         if do.dtype == tl.float32:
-            # dO ∘ O would cost half of the digits of dP - delta where that is small: a row with one key has exactly 0.
+            # What dO ∘ O sums to is rounded apart from dP, and dP - delta may be next to nothing (0 for a row with one key).
             delta = tl.zeros([BLOCK_Q], tl.float32)
             for first in range(0, keys, BLOCK_K):
                 column = first + tl.arange(0, BLOCK_K)
@@ -338,11 +339,12 @@ def _backward_tile(
         _backward_queries(x, g, item, head, tile, scale, HEAD_DIM, BLOCK_D, DROPOUT, BLOCK_Q, BLOCK_K, ALL)
 
 
-# The kernels. Each has two parts, a and b, with programs of their own in one grid: (items * heads, tiles of a, then of b).
+# The kernels. Each has two parts, a and b, with programs of their own in one grid: (tiles of a, then of b; heads; items). So
+# programs of the same item follow each other, and what several of them read comes from the cache.
 
 _VARYING = [
     *(f"{name}_{part}" for name in ("seed", "site", "threshold", "rows") for part in "ab"),
-    *("heads", "tiles_a"),
+    "tiles_a",
 ]
 """Integers whose value must not decide what is compiled."""
 
@@ -353,12 +355,12 @@ def _forward(
     step_a, seed_a: tl.uint32, site_a: tl.uint32, threshold_a: tl.uint32, context_a, context_stride_a, sums_a, rows_a,
     q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
     step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, sums_b, rows_b,
-    heads, scale, tiles_a,
+    scale, tiles_a,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q_A: tl.constexpr, BLOCK_K_A: tl.constexpr, ALL_A: tl.constexpr,
     BLOCK_Q_B: tl.constexpr, BLOCK_K_B: tl.constexpr, ALL_B: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    item, head, tile = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+    tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if TWO and tile >= tiles_a:
         b = _Inputs(
             q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
@@ -381,12 +383,12 @@ def _backward(
     q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
     step_b, seed_b: tl.uint32, site_b: tl.uint32, threshold_b: tl.uint32, context_b, context_stride_b, sums_b, rows_b,
     dcontext_b, dq_b, dk_b, dv_b, dcontext_stride_b, dq_stride_b, dk_stride_b, dv_stride_b, delta_b,
-    heads, scale, tiles_a,
+    scale, tiles_a,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q_A: tl.constexpr, BLOCK_K_A: tl.constexpr, ALL_A: tl.constexpr, OF_KEYS_A: tl.constexpr,
     BLOCK_Q_B: tl.constexpr, BLOCK_K_B: tl.constexpr, ALL_B: tl.constexpr, OF_KEYS_B: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    item, head, tile = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+    tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if TWO and tile >= tiles_a:
         b = _Inputs(
             q_b, k_b, v_b, q_stride_b, k_stride_b, v_stride_b, cu_q_b, cu_k_b, item_key_b,
@@ -409,8 +411,8 @@ def _backward(
         )  # fmt: skip
 
 
-# Which programs a launch has, and the sizes of their tiles: those that compile without spills for sm_80 and sm_90. In
-# float32 products take no tensor cores but many registers, so tiles are small.
+# Which programs a launch has, and the sizes of their tiles: found by compiling for sm_80 and sm_90, the largest without spills.
+# In float32, products take no tensor cores but many registers, so tiles are small.
 
 
 class _Part(NamedTuple):
@@ -431,6 +433,7 @@ class _Sizes(NamedTuple):
 
     dtype: torch.dtype
     head_dim: int
+    directions: int
     dropout: bool
 
     @property
@@ -440,13 +443,13 @@ class _Sizes(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether a head takes eight warps."""
+        """Whether a head asks for eight warps."""
         return self.head_dim > 64
 
-    @property
-    def options(self) -> dict[str, int]:
+    def options(self, backward: bool) -> dict[str, int]:
         """Of a launch. With two stages, the next tile of a loop is on its way while one is worked on."""
-        return {"num_warps": 4, "num_stages": 1} if self.full else {"num_warps": 8 if self.wide else 4, "num_stages": 2}
+        warps = 8 if self.wide and not (self.full and backward) else 4
+        return {"num_warps": warps, "num_stages": 1 if self.full else 2}
 
     def forward(self, direction: int, queries: int, keys: int) -> _Part:
         """For items of up to so many queries and keys."""
@@ -466,8 +469,11 @@ class _Sizes(NamedTuple):
         if queries <= 64 and not self.full:
             blocks = (64, 32) if queries > 32 else (32, 64 if self.wide else 32)
             return [_Part(direction, 1, *blocks, all=True)]
-        of_keys = (16, 16) if self.full else (32, 64 if self.wide else 32)
-        of_queries = (16, 32) if self.full else (128 if self.wide else 64, 32)
+        if self.full:
+            of_queries = (16, 16 if self.wide and self.directions == 1 else 32)
+            of_keys = (16, 16 if self.wide else 32)
+        else:
+            of_queries, of_keys = (128 if self.wide else 64, 32), (32, 64 if self.wide else 32)
         return [
             _Part(direction, triton.cdiv(queries, of_queries[0]), *of_queries, all=False),
             _Part(direction, triton.cdiv(keys, of_keys[1]), *of_keys, all=False, of_keys=True),
@@ -510,7 +516,7 @@ def _backward_constexprs(sizes: _Sizes, launch: _Launch) -> dict[str, Any]:
 
 def _sizes(directions: Sequence[Direction], heads: int) -> tuple[_Sizes, list[_Longest]]:
     q = directions[0].q
-    sizes = _Sizes(q.dtype, q.shape[1] // heads, any(d.dropout is not None for d in directions))
+    sizes = _Sizes(q.dtype, q.shape[1] // heads, len(directions), any(d.dropout is not None for d in directions))
     return sizes, [(d.q_rows.max_seqlen, d.k_rows.max_seqlen) for d in directions]
 
 
@@ -540,10 +546,10 @@ def forward(directions: Sequence[Direction], heads: int) -> None:
     sizes, longest = _sizes(directions, heads)
     launch = _forward_launch(sizes, longest)
     a, b = (_inputs(directions[part.direction]) for part in (launch[0], launch[-1]))
-    grid = (items * heads, sum(part.tiles for part in launch))
-    _forward[grid](
-        *a, *b, heads, sizes.head_dim**-0.5, launch[0].tiles,
-        **sizes.constexprs(launch), **sizes.options,
+    tiles = sum(part.tiles for part in launch)
+    _forward[tiles, heads, items](
+        *a, *b, sizes.head_dim**-0.5, launch[0].tiles,
+        **sizes.constexprs(launch), **sizes.options(backward=False),
     )  # fmt: skip
 
 
@@ -557,10 +563,10 @@ def backward(directions: Sequence[Direction], gradients: Sequence[Gradients], he
     outputs = [_gradients(g, d.sums) for g, d in zip(gradients, directions, strict=True)]
     for launch in _backward_launches(sizes, longest):
         first, last = launch[0].direction, launch[-1].direction
-        grid = (items * heads, sum(part.tiles for part in launch))
-        _backward[grid](
-            *inputs[first], *outputs[first], *inputs[last], *outputs[last], heads, sizes.head_dim**-0.5, launch[0].tiles,
-            **_backward_constexprs(sizes, launch), **sizes.options,
+        tiles = sum(part.tiles for part in launch)
+        _backward[tiles, heads, items](
+            *inputs[first], *outputs[first], *inputs[last], *outputs[last], sizes.head_dim**-0.5, launch[0].tiles,
+            **_backward_constexprs(sizes, launch), **sizes.options(backward=True),
         )  # fmt: skip
 
 
@@ -584,8 +590,8 @@ def variants(op: str, head_dim: int, longest: Iterable[Sequence[_Longest]]) -> l
     found = []
     for dtype in _POINTERS:
         for dropout in (True, False):
-            sizes = _Sizes(dtype, head_dim, dropout)
             for of in longest:
+                sizes = _Sizes(dtype, head_dim, len(of), dropout)
                 launch = _forward_launch(sizes, of)
                 found.append(_variant(op, _forward, sizes, launch, sizes.constexprs(launch)))
                 for launch in _backward_launches(sizes, of):
@@ -598,7 +604,7 @@ def _variant(op: str, kernel: Any, sizes: _Sizes, launch: _Launch, constexprs: d
     types = {
         f"{name}_{part}": _TYPES.get(name, pointer) for name in _Inputs._fields + _Gradients._fields for part in "ab"
     }
-    types |= {"heads": "i32", "scale": "fp32", "tiles_a": "i32"} | dict.fromkeys(constexprs, "constexpr")
+    types |= {"scale": "fp32", "tiles_a": "i32"} | dict.fromkeys(constexprs, "constexpr")
     backward = kernel is _backward
     programs = " + ".join(
         f"{'all ' * part.all}{part.block_q} x {part.block_k}{' of keys' * part.of_keys}" for part in launch
@@ -609,7 +615,7 @@ def _variant(op: str, kernel: Any, sizes: _Sizes, launch: _Launch, constexprs: d
         kernel=kernel,
         signature={argument: types[argument] for argument in kernel.arg_names},
         constexprs=constexprs,
-        **sizes.options,
+        **sizes.options(backward),
         dtype=str(sizes.dtype).removeprefix("torch."),
         dot=True,
         copies=not sizes.full and (backward or not all(part.all for part in launch)),
