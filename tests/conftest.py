@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 import engine  # noqa: F401 - its thread settings must be there before torch is
 
+import torch  # isort: skip
+
 # Shared machines stall now and then: no deadline per example. CI draws the same examples every time.
 settings.register_profile("stopgo", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("stopgo")
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> None:
+    """Commands, also those of wider fixtures, run in the tests' own process: no test inherits the threads they ask for."""
+    torch.set_num_threads(THREADS)
