@@ -12,13 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import projection
 
 aten = torch.ops.aten
 
@@ -64,19 +67,32 @@ class Gemm:
     operands: tuple[Operand, ...]
     scalars: dict[str, float]
     out: Operand
+    depth: int
+    """Terms of a sum."""
 
     @property
     def flops(self) -> int:
         """Multiplications and additions: 2 m k n, for every matrix of a batch."""
-        return 2 * prod(self.out.shape) * self.operands[-2].shape[-1]
+        return 2 * prod(self.out.shape) * self.depth
 
 
 class GemmRecorder(TorchDispatchMode):
-    """Within its `with` block, every product that torch runs is written down, forward and backward alike."""
+    """Within its `with` block, every product that torch or the project's own kernels run for a projection is written down,
+    forward and backward alike."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gemms: list[Gemm] = []
+
+    def __enter__(self) -> Self:
+        self._native = dict(projection.NATIVE)
+        for name, product in self._native.items():
+            projection.NATIVE[name] = partial(self._run_native, name, product)
+        return super().__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        projection.NATIVE.update(self._native)
+        super().__exit__(*failure)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -84,8 +100,16 @@ class GemmRecorder(TorchDispatchMode):
         if form is not None and result.numel():
             operands = tuple(Operand.of(x) for x in args if isinstance(x, Tensor))
             scalars = {name: value for name, value in (kwargs or {}).items() if name in ("alpha", "beta")}
-            self.gemms.append(Gemm(form, operands, scalars, Operand.of(result)))
+            self.gemms.append(Gemm(form, operands, scalars, Operand.of(result), operands[-2].shape[-1]))
         return result
+
+    def _run_native(self, name: str, product: Callable[..., Tensor], *tensors: Tensor | None, out: Tensor) -> Tensor:
+        operands = tuple(Operand.of(x) for x in tensors if x is not None)
+        left = tensors[0] if name != "added_input_gradient" else tensors[1]
+        assert left is not None
+        depth = left.shape[0 if name == "weight_gradient" else 1]
+        self.gemms.append(Gemm(product, operands, {}, Operand.of(out), depth))
+        return product(*tensors, out=out)
 
 
 class Replay:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.model.flat import FlatBlock
 from engine.model.vilbert import ViLBERT
+from kernels import huge_pages
 from kernels.adamw import adamw, square_sum
 
 
@@ -100,12 +101,16 @@ class _Unit:
         matrices, vectors = [block.matrices for block in self.blocks], [block.vectors for block in self.blocks]
         self.parameters: list[nn.Parameter] = matrices + vectors
         self.decay = [settings.weight_decay] * len(matrices) + [0.0] * len(vectors)
+        for parameter in self.parameters:
+            huge_pages.move(parameter.detach())
         self.masters = [
-            parameter.detach() if parameter.dtype is torch.float32 else parameter.detach().float()
+            huge_pages.empty_like(parameter, torch.float32).copy_(parameter.detach())
+            if self._has_master(parameter)
+            else parameter.detach()
             for parameter in self.parameters
         ]
-        self.exp_avg = [torch.zeros_like(master) for master in self.masters]
-        self.exp_avg_sq = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg = [huge_pages.empty_like(master).zero_() for master in self.masters]
+        self.exp_avg_sq = [huge_pages.empty_like(master).zero_() for master in self.masters]
         self._zeros: Tensor | None = None
 
     def gradients(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Which implementation an op uses: the one rule, the override per op, and the report.
 
-    CUDA tensor                       triton
-    CPU tensor                        native, where the C++ library can be built
+    CUDA tensor                       triton; torch for `projection`, which is cuBLAS's
+    CPU tensor                        native, where the C++ library can be built; `projection` only with AMX
     float64, or neither of the above  torch
 
 An override (`use`, the configuration's `kernels`, or `STOPGO_KERNELS=native` / `STOPGO_KERNELS=attention=torch,adamw=native`)
@@ -77,8 +77,8 @@ def choose(op: str, x: Tensor) -> str:
     if x.dtype is torch.float64:
         return "torch"
     if x.is_cuda:
-        return "triton"
-    return "native" if x.device.type == "cpu" and native_library.available() else "torch"
+        return "torch" if op == "projection" else "triton"
+    return "native" if x.device.type == "cpu" and _has_native(op) else "torch"
 
 
 def report(device: torch.device) -> list[Choice]:
@@ -97,10 +97,16 @@ def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
         raise UnusableBackend(f"{op}: the native kernels are for the CPU, not for {device} (use triton or torch)")
     if backend == "native" and not native_library.available():
         raise UnusableBackend(f"{op}: no native kernels here: {native_library.reason()} (use torch)")
+    if backend == "native" and not _has_native(op):
+        raise UnusableBackend(f"{op}: the native one needs a CPU with AMX; this library is {native_library.isa()} (use torch)")
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise UnusableBackend(
             f"{op}: Triton needs a CUDA device, not {device} (use native or torch; for tests set TRITON_INTERPRET=1)"
         )
+
+
+def _has_native(op: str) -> bool:
+    return native_library.available() and (op != "projection" or native_library.isa() == "amx")
 
 
 def _reason(op: str, device: torch.device) -> str:
@@ -109,5 +115,5 @@ def _reason(op: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "CUDA device"
     if device.type == "cpu" and native_library.available():
-        return native_library.isa()
+        return native_library.isa() if _has_native(op) else "oneDNN"
     return native_library.reason() or f"no kernels for {device.type}"

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from kernels.backends import choose
 from kernels.native_library import dtype_code, library, pointer
 from kernels.variants import Variant
-from kernels.weight_gradient import weight_gradient
+from kernels.projection import weight_gradient
 
 
 class MaskedRows(NamedTuple):

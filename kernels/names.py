@@ -16,14 +16,21 @@ OPS = (
     "masked_lm_loss",
     "dropout",
     "adamw",
+    "projection",
 )
+_TORCH_OR_NATIVE = ("projection",)
+"""Ops that Triton has no part in, and native only on some CPUs: no name for all ops at once asks for those."""
 
 
 def parse(text: str) -> dict[str, str]:
-    """Backend by op from "native" (all ops) or "attention=torch,adamw=native". ValueError names what is wrong."""
+    """Backend by op from "torch" (all ops) or "attention=torch,adamw=native". ValueError names what is wrong."""
     text = text.strip()
-    pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [(op, text) for op in OPS]
-    return check({op.strip(): backend.strip() for op, backend in pairs}) if text else {}
+    if not text:
+        return {}
+    if "=" not in text:
+        return check({op: text for op in OPS if text == "torch" or op not in _TORCH_OR_NATIVE})
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    return check({op.strip(): backend.strip() for op, backend in pairs})
 
 
 def check(overrides: Mapping[str, str]) -> dict[str, str]:
@@ -33,4 +40,6 @@ def check(overrides: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"no kernel op is called {op!r} (there are {', '.join(OPS)})")
         if backend not in BACKENDS:
             raise ValueError(f"{op}: no backend is called {backend!r} (there are {', '.join(BACKENDS)})")
+        if backend == "triton" and op in _TORCH_OR_NATIVE:
+            raise ValueError(f"{op} has no triton backend (use torch: on a GPU that is cuBLAS)")
     return dict(overrides)

@@ -40,7 +40,7 @@ _NEEDED = {
     "portable": set(),
 }
 """Flags of /proc/cpuinfo that each instruction set asks for."""
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _COST = "plain torch computes the same; a training step takes about twice the time"
 
 P, N, D, W, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
@@ -62,6 +62,11 @@ _SIGNATURES: dict[str, list] = {
     "stopgo_divergence_rows": [D, N, N, P, P, D, P, F, D, P, P],
     "stopgo_cross_entropy_rows": [D, N, N, P, P, P, F, D, P, P],
     "stopgo_adamw": [D, N, P, P, P, P, P, F, F, F, F, F, P],
+}
+_AMX_SIGNATURES: dict[str, list] = {
+    "stopgo_projection_forward": [N, N, N, P, N, P, P, P, N],
+    "stopgo_projection_input_gradient": [N, N, N, P, N, P, P, N, D],
+    "stopgo_projection_weight_gradient": [N, N, N, P, N, P, N, P],
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -112,7 +117,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     loaded = ctypes.CDLL(str(path))
     if loaded.stopgo_abi_version() != _ABI_VERSION:
         raise RuntimeError(f"{path} has another interface than this checkout; remove it")
-    for function, arguments in _SIGNATURES.items():
+    for function, arguments in (_SIGNATURES | (_AMX_SIGNATURES if name == "amx" else {})).items():
         bound = getattr(loaded, function)
         bound.argtypes, bound.restype = arguments, None
     loaded.stopgo_isa.restype = ctypes.c_char_p

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.config import ModelConfig
@@ -24,6 +23,7 @@ from engine.model.sublayers import (
 )
 from kernels.attention import attention_backward, attention_forward
 from kernels.coattention import coattention_backward, coattention_forward
+from kernels.projection import project
 from kernels.rows import Rows
 
 
@@ -100,8 +100,8 @@ class _BothSides:
         }
 
     def forward(self, w: Fields, text: Tensor, image: Tensor) -> tuple[tuple[Tensor, Tensor], Any]:
-        text_qkv = F.linear(text, w["text_qkv"], w["text_qkv_bias"]).split(self.inner, 1)
-        image_qkv = F.linear(image, w["image_qkv"], w["image_qkv_bias"]).split(self.inner, 1)
+        text_qkv = project(text, w["text_qkv"], w["text_qkv_bias"]).split(self.inner, 1)
+        image_qkv = project(image, w["image_qkv"], w["image_qkv_bias"]).split(self.inner, 1)
         text_context, image_context, attended = coattention_forward(
             text_qkv, image_qkv, self.rows["text"], self.rows["image"], self.heads, self.text_reads, self.image_reads
         )
@@ -142,7 +142,7 @@ class _ImageSide(_BothSides):
     def forward(self, w: Fields, text: Tensor, image: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
         (q_weight, _), (q_bias, _) = self._halves(w["image_qkv"]), self._halves(w["image_qkv_bias"])
         (_, kv_weight), (_, kv_bias) = self._halves(w["text_qkv"]), self._halves(w["text_qkv_bias"])
-        q, kv = F.linear(image, q_weight, q_bias), F.linear(text, kv_weight, kv_bias)
+        q, kv = project(image, q_weight, q_bias), project(text, kv_weight, kv_bias)
         k, v = kv.split(self.inner, 1)
         context, attended = attention_forward(
             q, k, v, self.rows["image"], self.rows["text"], self.heads, self.image_reads

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from kernels import huge_pages
+
 
 @dataclass(frozen=True)
 class Part:
@@ -48,7 +50,7 @@ class GradientMemory:
         if self._lent or parameter.grad is not None:
             return torch.empty_like(parameter)
         if self._memory is None or self._memory.dtype != parameter.dtype or self._memory.device != parameter.device:
-            self._memory = torch.empty_like(parameter, requires_grad=False)
+            self._memory = huge_pages.empty_like(parameter)
         self._lent = True
         return self._memory.view(self._memory.shape)
 

@@ -18,7 +18,7 @@ from engine.model.trunk import Need, Streams, Trunk
 from kernels.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import drop
 from kernels.recorded import Recorded
-from kernels.weight_gradient import weight_gradient
+from kernels.projection import input_gradient, project, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class _MLP:
     """The arithmetic of `MLPHead`; its matrices are too large to be concatenated by autograd at every step."""
 
     def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
-        inner = F.linear(x, w["inner"])
+        inner = project(x, w["inner"])
         norm = Recorded(layer_norm, bias_gelu_forward(inner, w["inner_bias"]), w["weight"], w["shift"])
-        return F.linear(norm.outputs[0], w["out"], w["out_bias"]), (x, inner, norm)
+        return project(norm.outputs[0], w["out"], w["out_bias"]), (x, inner, norm)
 
     def backward(self, w: Fields, g: Fields, saved: Any, dy: Tensor) -> tuple[Tensor]:
         x, inner, norm = saved
@@ -78,7 +78,7 @@ class _MLP:
         g["shift"].copy_(dshift)
         bias_gelu_backward(dinner, inner, w["inner_bias"], dinner, g["inner_bias"])
         weight_gradient(dinner, x, g["inner"])
-        return (torch.mm(dinner, w["inner"]),)
+        return (input_gradient(dinner, w["inner"]),)
 
 
 class PairedMLPHead(MLPHead):

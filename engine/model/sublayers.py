@@ -19,14 +19,14 @@ from kernels.bias_dropout_residual_layernorm import (
 from kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import Dropout
 from kernels.rows import Rows
-from kernels.weight_gradient import bias_gradient, weight_gradient
+from kernels.projection import bias_gradient, input_gradient, project, weight_gradient
 
 
 def residual_forward(
     w: Fields, prefix: str, norm: str, context: Tensor, residual: Tensor, rows: Rows, dropout: Dropout | None
 ) -> tuple[Tensor, tuple[Tensor, Saved]]:
     """LayerNorm(dropout(context W + b) + residual), the second half of attention (spec section 1.4)."""
-    projected = F.linear(context, w[f"{prefix}out"])
+    projected = project(context, w[f"{prefix}out"])
     y, saved = bias_dropout_residual_layernorm_forward(
         projected, w[f"{prefix}out_bias"], residual, w[f"{norm}weight"], w[f"{norm}shift"], rows, dropout
     )
@@ -43,15 +43,15 @@ def residual_backward(
         normed, dy, dprojected, dy, g[f"{prefix}out_bias"], g[f"{norm}weight"], g[f"{norm}shift"]
     )
     weight_gradient(dprojected, context, g[f"{prefix}out"])
-    return torch.mm(dprojected, w[f"{prefix}out"]), dy
+    return input_gradient(dprojected, w[f"{prefix}out"]), dy
 
 
 def feed_forward_forward(
     w: Fields, prefix: str, x: Tensor, rows: Rows, dropout: Dropout | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Saved]]:
     """LayerNorm(dropout(gelu(x U + a) D + b) + x) (spec section 1.4)."""
-    inner = F.linear(x, w[f"{prefix}up"])
-    projected = F.linear(bias_gelu_forward(inner, w[f"{prefix}up_bias"]), w[f"{prefix}down"])
+    inner = project(x, w[f"{prefix}up"])
+    projected = project(bias_gelu_forward(inner, w[f"{prefix}up_bias"]), w[f"{prefix}down"])
     y, saved = bias_dropout_residual_layernorm_forward(
         projected, w[f"{prefix}down_bias"], x, w[f"{prefix}weight"], w[f"{prefix}shift"], rows, dropout
     )
@@ -65,19 +65,19 @@ def feed_forward_backward(w: Fields, g: Fields, prefix: str, saved: tuple[Tensor
     bias_dropout_residual_layernorm_backward(
         normed, dy, dprojected, dx, g[f"{prefix}down_bias"], g[f"{prefix}weight"], g[f"{prefix}shift"]
     )
-    dinner = torch.mm(dprojected, w[f"{prefix}down"])
+    dinner = input_gradient(dprojected, w[f"{prefix}down"])
     activated = inner  # from here on: the forward's GELU output, computed again in place
     bias_gelu_backward(dinner, inner, w[f"{prefix}up_bias"], dinner, g[f"{prefix}up_bias"], activated)
     weight_gradient(dprojected, activated, g[f"{prefix}down"])
     weight_gradient(dinner, x, g[f"{prefix}up"])
-    return dx.addmm_(dinner, w[f"{prefix}up"])
+    return input_gradient(dinner, w[f"{prefix}up"], dx)
 
 
 def projection_backward(w: Tensor, gw: Tensor, gb: Tensor, x: Tensor, dy: Tensor, dx: Tensor | None = None) -> Tensor:
     """Gradient of x under y = x Wᵀ + b, added to dx where one is given; writes the gradients of W and b."""
     weight_gradient(dy, x, gw)
     bias_gradient(dy, gb)
-    return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+    return input_gradient(dy, w, dx)
 
 
 def layer_norm(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.explicit import Fields, run
@@ -19,6 +18,7 @@ from engine.model.sublayers import (
     residual_forward,
 )
 from kernels.attention import attention_backward, attention_forward
+from kernels.projection import project
 from kernels.rows import Rows
 
 
@@ -69,7 +69,7 @@ class _AllRows:
         self.fed_dropout = random.dropout(layer.hidden_dropout, slot=2)
 
     def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
-        qkv = F.linear(x, w["qkv"], w["qkv_bias"])
+        qkv = project(x, w["qkv"], w["qkv_bias"])
         q, k, v = qkv.split(self.width, 1)
         context, attended = attention_forward(q, k, v, self.rows, self.rows, self.heads, self.attention_dropout)
         y, rest = self.rest_forward(w, context, x)
@@ -105,7 +105,7 @@ class _FirstRows(_AllRows):
     def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
         (q_weight, kv_weight), (q_bias, kv_bias) = w["qkv"].split(self.sizes), w["qkv_bias"].split(self.sizes)
         first = x.index_select(0, self.rows.starts)
-        q, kv = F.linear(first, q_weight, q_bias), F.linear(x, kv_weight, kv_bias)
+        q, kv = project(first, q_weight, q_bias), project(x, kv_weight, kv_bias)
         k, v = kv.split(self.width, 1)
         context, attended = attention_forward(q, k, v, self.out_rows, self.rows, self.heads, self.attention_dropout)
         y, rest = self.rest_forward(w, context, first)

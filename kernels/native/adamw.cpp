@@ -68,6 +68,8 @@ void adamw(const Rule& rule, int64_t n, const T* gradient, float* p, float* m, f
   for_chunks(n, 1, kChunk, [=](int64_t, int64_t first, int64_t last) {
     for_vectors(last - first, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
       const int64_t i = first + c;
+      for (const float* ahead : {p + i, m + i, v + i}) __builtin_prefetch(ahead + kAhead / 2 / sizeof(float), 1);
+      __builtin_prefetch(gradient + i + kAhead / 2 / sizeof(T));
       const Floats g = load(gradient + i, lanes);
       const Floats mean = load(m + i, lanes) * rule.beta1 + g * rest1;
       const Floats square = load(v + i, lanes) * rule.beta2 + g * g * rest2;
@@ -76,8 +78,9 @@ void adamw(const Rule& rule, int64_t n, const T* gradient, float* p, float* m, f
       store(m + i, mean, lanes);
       store(v + i, square, lanes);
       store(p + i, value, lanes);
-      if (weights != nullptr) store(weights + i, value, lanes);
+      if (weights != nullptr) stream(weights + i, value, lanes);
     });
+    finish_streams();
   });
 }
 

@@ -3,7 +3,7 @@
 
 extern "C" {
 
-int32_t stopgo_abi_version() { return 2; }
+int32_t stopgo_abi_version() { return 3; }
 
 const char* stopgo_isa() {
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name, and that of Clang before 15

@@ -123,16 +123,16 @@ struct Layout<2> {
     store(reinterpret_cast<BFloat16*>(out.row(r + 1)) + column, b);
   }
 
- private:
-  static STOPGO_INLINE __mmask32 values_from(int64_t column, int64_t width) {
-    return width - column >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - column)) - 1;
-  }
-
   // Units of a bfloat16 of a in the low half and one of b in the high half.
   static STOPGO_INLINE __m512i joined(Floats a, Floats b) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, bits_as<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+
+ private:
+  static STOPGO_INLINE __mmask32 values_from(int64_t column, int64_t width) {
+    return width - column >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - column)) - 1;
   }
 };
 #endif

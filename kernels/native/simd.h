@@ -281,6 +281,23 @@ STOPGO_INLINE void store(T* p, Floats v, Lanes lanes) {
   raw_store(&p->bits, narrow(v, T{}), lanes);
 }
 
+// Stores past the caches, for memory that is written whole and not read soon: it need not be fetched first. A thread that
+// did so calls `finish_streams` before others read. Where p is not aligned, ordinary stores.
+template <class T, class Lanes>
+STOPGO_INLINE void stream(T* p, Floats v, Lanes lanes) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2)
+    if (count(lanes) == kLanes && reinterpret_cast<uintptr_t>(p) % 32 == 0)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(narrow(v, T{})));
+#endif
+  store(p, v, lanes);
+}
+inline void finish_streams() {
+#if defined(__AVX512BW__)
+  _mm_sfence();
+#endif
+}
+
 // One value.
 template <class T>
 STOPGO_INLINE float load_one(const T* p) {

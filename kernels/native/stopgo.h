@@ -95,6 +95,18 @@ void stopgo_attention_forward(int32_t dtype, int32_t n_directions, const StopgoD
 void stopgo_attention_backward(int32_t dtype, int32_t n_directions, const StopgoDirection* directions, int64_t n_items,
                                int64_t heads, int64_t head_dim);
 
+// The products of y = x W^T + b in bfloat16, only in a library whose instruction set is "amx". x [rows, depth],
+// W [width, depth] contiguous, bias [width] or null, y [rows, width]; widths and depths are multiples of 32. Each result is
+// rounded once, from sums in float32 along the depth whose order does not depend on the number of threads.
+void stopgo_projection_forward(int64_t rows, int64_t width, int64_t depth, const void* x, int64_t x_stride,
+                               const void* w, const void* bias, void* y, int64_t y_stride);
+// dx [rows, width] = dy W, or dx += dy W with `add`; dy [rows, depth], W [depth, width].
+void stopgo_projection_input_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
+                                      const void* w, void* dx, int64_t dx_stride, int32_t add);
+// dw [width, depth] = dy^T x; dy [rows, width], x [rows, depth].
+void stopgo_projection_weight_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
+                                       const void* x, int64_t x_stride, void* dw);
+
 // Multi-label loss of logits [examples, classes] against sparse soft labels (kernels/soft_label_bce.py): example b owns entries
 // offsets[b]:offsets[b + 1]. loss: float32 [examples], unscaled; score: float32 [examples];
 // dlogits (null or [examples, classes]): (sigmoid(z) - t) / examples.

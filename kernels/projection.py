@@ -1,0 +1,129 @@
+"""The products of a projection  y = x Wᵀ + b:  the forward, and the gradients  dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
+
+x is [rows, depth], W [width, depth], y [rows, width]; rows of x, y and their gradients may be strided, W is contiguous.
+
+A product is torch's business on every device (cuBLAS, oneDNN), but for bfloat16 on CPUs with AMX, where
+`native/products.cpp` is worth having: oneDNN compiles every shape that it has not seen, and packed batches have other row
+counts at every step; and with few rows, where a product is as fast as its weights come from memory, it takes half
+as long again. Where oneDNN is the faster one (`_native_*` below; measured: bench/LOG.md) it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backends import choose
+from kernels.native_library import library, pointer
+
+_MOST_ROWS = 2048
+"""Beyond, oneDNN is as fast or faster, and what it prepares is little beside the product."""
+_FEW_ROWS = 128
+_DEEP = 2048
+"""Summing over more than this, with more than few rows, oneDNN's gradient of x is 1.6 times as fast."""
+_STEP = 32
+"""What the native products want widths and depths to be multiples of."""
+
+
+def project(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, [rows, width]."""
+    if not _native(x, w):
+        return F.linear(x, w, bias)
+    return NATIVE["forward"](x, w, bias, out=x.new_empty(len(x), len(w)))
+
+
+def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
+    """dy W, [rows, depth], added to dx where one is given."""
+    if not _native(dy, w) or (w.shape[0] > _DEEP and len(dy) > _FEW_ROWS):
+        return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+    if dx is None:
+        return NATIVE["input_gradient"](dy, w, out=dy.new_empty(len(dy), w.shape[1]))
+    return NATIVE["added_input_gradient"](dx, dy, w, out=dx)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, out: Tensor) -> None:
+    """Writes dyᵀ x into out [width, depth]."""
+    if _native(dy, out) and x.stride(1) == 1:
+        NATIVE["weight_gradient"](dy, x, out=out)
+    else:
+        torch.mm(_turned(dy) if _worth_turning(dy) else dy.t(), x, out=out)
+
+
+def bias_gradient(dy: Tensor, out: Tensor) -> None:
+    """Writes the column sums of dy [rows, width] into out [width]."""
+    torch.sum(dy, 0, out=out)
+
+
+# Native
+
+
+def _native(x: Tensor, w: Tensor) -> bool:
+    """Whether the native product is to be used: x [rows, width or depth], w the weight or its gradient."""
+    width, depth = w.shape
+    return (
+        choose("projection", x) == "native"
+        and x.dtype is torch.bfloat16
+        and w.dtype is torch.bfloat16
+        and 0 < len(x) <= _MOST_ROWS
+        and width % _STEP == 0
+        and depth % _STEP == 0
+        and x.stride(1) == 1
+        and w.is_contiguous()
+    )
+
+
+def _forward(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Tensor:
+    library().stopgo_projection_forward(
+        len(x), len(w), w.shape[1], x.data_ptr(), x.stride(0), w.data_ptr(), pointer(bias), out.data_ptr(), out.stride(0)
+    )
+    return out
+
+
+def _input_gradient(dy: Tensor, w: Tensor, *, out: Tensor) -> Tensor:
+    return _add_input_gradient(dy, w, out, 0)
+
+
+def _added_input_gradient(dx: Tensor, dy: Tensor, w: Tensor, *, out: Tensor) -> Tensor:
+    assert dx.data_ptr() == out.data_ptr(), "added in place"
+    return _add_input_gradient(dy, w, out, 1)
+
+
+def _add_input_gradient(dy: Tensor, w: Tensor, dx: Tensor, add: int) -> Tensor:
+    library().stopgo_projection_input_gradient(
+        len(dy), w.shape[1], len(w), dy.data_ptr(), dy.stride(0), w.data_ptr(), dx.data_ptr(), dx.stride(0), add
+    )
+    return dx
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor) -> Tensor:
+    library().stopgo_projection_weight_gradient(
+        len(dy), *out.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()
+    )
+    return out
+
+
+NATIVE: dict[str, Callable[..., Tensor]] = {
+    "forward": _forward,
+    "input_gradient": _input_gradient,
+    "added_input_gradient": _added_input_gradient,
+    "weight_gradient": _weight_gradient,
+}
+"""By name, so that whoever records a step's products (bench/gemms.py) can look on."""
+
+
+# oneDNN's AMX products read a transposed left operand at less than half the speed of a plain one.
+
+
+def _worth_turning(x: Tensor) -> bool:
+    return x.element_size() == 2 and choose("projection", x) == "native"
+
+
+def _turned(x: Tensor) -> Tensor:
+    """xᵀ [columns, rows], contiguous; x of a 16-bit dtype."""
+    rows, columns = x.shape
+    turned = x.new_empty(columns, rows)
+    library().stopgo_transpose(rows, columns, x.data_ptr(), x.stride(0), turned.data_ptr())
+    return turned
