@@ -98,7 +98,9 @@ def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
     if backend == "native" and not native_library.available():
         raise UnusableBackend(f"{op}: no native kernels here: {native_library.reason()} (use torch)")
     if backend == "native" and not _has_native(op):
-        raise UnusableBackend(f"{op}: the native one needs a CPU with AMX; this library is {native_library.isa()} (use torch)")
+        raise UnusableBackend(
+            f"{op}: the native one needs a CPU with AMX; this library is {native_library.isa()} (use torch)"
+        )
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise UnusableBackend(
             f"{op}: Triton needs a CUDA device, not {device} (use native or torch; for tests set TRITON_INTERPRET=1)"

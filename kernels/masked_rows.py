@@ -33,8 +33,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backends import choose
 from kernels.native_library import dtype_code, library, pointer
-from kernels.variants import Variant
 from kernels.projection import weight_gradient
+from kernels.variants import Variant
 
 
 class MaskedRows(NamedTuple):

@@ -44,6 +44,7 @@ _ABI_VERSION = 3
 _COST = "plain torch computes the same; a training step takes about twice the time"
 
 P, N, D, W, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
+R = ctypes.c_double
 _ROWS = [P, P, W, W, W, W]  # row_key, row_index, seed, step, site, threshold
 _SIGNATURES: dict[str, list] = {
     "stopgo_keep_mask": [W, W, W, W, P, P, N, N, N, P],
@@ -61,7 +62,7 @@ _SIGNATURES: dict[str, list] = {
     "stopgo_soft_label_bce": [D, N, N, P, P, P, P, P, P, P],
     "stopgo_divergence_rows": [D, N, N, P, P, D, P, F, D, P, P],
     "stopgo_cross_entropy_rows": [D, N, N, P, P, P, F, D, P, P],
-    "stopgo_adamw": [D, N, P, P, P, P, P, F, F, F, F, F, P],
+    "stopgo_adamw": [D, N, P, P, P, P, P, R, R, R, R, R, P],
 }
 _AMX_SIGNATURES: dict[str, list] = {
     "stopgo_projection_forward": [N, N, N, P, N, P, P, P, N],

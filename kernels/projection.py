@@ -3,9 +3,9 @@
 x is [rows, depth], W [width, depth], y [rows, width]; rows of x, y and their gradients may be strided, W is contiguous.
 
 A product is torch's business on every device (cuBLAS, oneDNN), but for bfloat16 on CPUs with AMX, where
-`native/products.cpp` is worth having: oneDNN compiles every shape that it has not seen, and packed batches have other row
-counts at every step; and with few rows, where a product is as fast as its weights come from memory, it takes half
-as long again. Where oneDNN is the faster one (`_native_*` below; measured: bench/LOG.md) it stays.
+`native/products.cpp` is worth having. Product by product it is as fast as oneDNN, with few rows half as fast again; but oneDNN
+compiles every shape that it has not seen, and packed batches have other row counts at every step; and gradients of weights
+are written past the caches. Together that is a sixth of a step (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from torch import Tensor
 from kernels.backends import choose
 from kernels.native_library import library, pointer
 
-_MOST_ROWS = 2048
-"""Beyond, oneDNN is as fast or faster, and what it prepares is little beside the product."""
-_FEW_ROWS = 128
-_DEEP = 2048
-"""Summing over more than this, with more than few rows, oneDNN's gradient of x is 1.6 times as fast."""
 _STEP = 32
 """What the native products want widths and depths to be multiples of."""
 
@@ -37,7 +32,7 @@ def project(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
     """dy W, [rows, depth], added to dx where one is given."""
-    if not _native(dy, w) or (w.shape[0] > _DEEP and len(dy) > _FEW_ROWS):
+    if not _native(dy, w):
         return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     if dx is None:
         return NATIVE["input_gradient"](dy, w, out=dy.new_empty(len(dy), w.shape[1]))
@@ -67,7 +62,7 @@ def _native(x: Tensor, w: Tensor) -> bool:
         choose("projection", x) == "native"
         and x.dtype is torch.bfloat16
         and w.dtype is torch.bfloat16
-        and 0 < len(x) <= _MOST_ROWS
+        and len(x) > 0
         and width % _STEP == 0
         and depth % _STEP == 0
         and x.stride(1) == 1
@@ -77,7 +72,15 @@ def _native(x: Tensor, w: Tensor) -> bool:
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Tensor:
     library().stopgo_projection_forward(
-        len(x), len(w), w.shape[1], x.data_ptr(), x.stride(0), w.data_ptr(), pointer(bias), out.data_ptr(), out.stride(0)
+        len(x),
+        len(w),
+        w.shape[1],
+        x.data_ptr(),
+        x.stride(0),
+        w.data_ptr(),
+        pointer(bias),
+        out.data_ptr(),
+        out.stride(0),
     )
     return out
 

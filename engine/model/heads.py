@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from engine.model.sublayers import layer_norm, projection_backward
 from engine.model.trunk import Need, Streams, Trunk
 from kernels.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import drop
-from kernels.recorded import Recorded
 from kernels.projection import input_gradient, project, weight_gradient
+from kernels.recorded import Recorded
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from kernels.bias_dropout_residual_layernorm import (
 )
 from kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import Dropout
-from kernels.rows import Rows
 from kernels.projection import bias_gradient, input_gradient, project, weight_gradient
+from kernels.rows import Rows
 
 
 def residual_forward(

@@ -59,21 +59,24 @@ double square_sum(int64_t n, const T* x) {
 }
 
 struct Rule {
-  float lr, beta1, beta2, eps, weight_decay;
+  double lr, beta1, beta2, eps, weight_decay;
 };
 
 template <class T>
 void adamw(const Rule& rule, int64_t n, const T* gradient, float* p, float* m, float* v, T* weights) {
-  const float rest1 = 1.0f - rule.beta1, rest2 = 1.0f - rule.beta2, decay = rule.lr * rule.weight_decay;
+  const auto single = [](double x) { return static_cast<float>(x); };
+  const float lr = single(rule.lr), beta1 = single(rule.beta1), beta2 = single(rule.beta2), eps = single(rule.eps);
+  const float rest1 = single(1 - rule.beta1), rest2 = single(1 - rule.beta2);  // of the doubles: 1 - 0.999f is off by 1e-5
+  const float decay = single(rule.lr * rule.weight_decay);
   for_chunks(n, 1, kChunk, [=](int64_t, int64_t first, int64_t last) {
     for_vectors(last - first, [=](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
       const int64_t i = first + c;
       for (const float* ahead : {p + i, m + i, v + i}) __builtin_prefetch(ahead + kAhead / 2 / sizeof(float), 1);
       __builtin_prefetch(gradient + i + kAhead / 2 / sizeof(T));
       const Floats g = load(gradient + i, lanes);
-      const Floats mean = load(m + i, lanes) * rule.beta1 + g * rest1;
-      const Floats square = load(v + i, lanes) * rule.beta2 + g * g * rest2;
-      const Floats moved = load(p + i, lanes) - rule.lr * mean / (square_root(square) + rule.eps);
+      const Floats mean = load(m + i, lanes) * beta1 + g * rest1;
+      const Floats square = load(v + i, lanes) * beta2 + g * g * rest2;
+      const Floats moved = load(p + i, lanes) - lr * mean / (square_root(square) + eps);
       const Floats value = moved - decay * moved;
       store(m + i, mean, lanes);
       store(v + i, square, lanes);
@@ -97,8 +100,8 @@ double stopgo_square_sum(int32_t dtype, int64_t n, const void* x) {
   return total;
 }
 
-void stopgo_adamw(int32_t dtype, int64_t n, const void* gradient, float* p, float* m, float* v, void* weights, float lr,
-                  float beta1, float beta2, float eps, float weight_decay, const float* skipped) {
+void stopgo_adamw(int32_t dtype, int64_t n, const void* gradient, float* p, float* m, float* v, void* weights, double lr,
+                  double beta1, double beta2, double eps, double weight_decay, const float* skipped) {
   if (*skipped != 0.0f) return;
   with_dtype(dtype, [=](auto zero) {
     using T = decltype(zero);

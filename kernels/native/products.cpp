@@ -24,6 +24,7 @@ constexpr int64_t kDeep = 32;                       // values of depth in a tile
 constexpr int64_t kBlock = 32;                      // columns of a block of B: two tiles
 constexpr int64_t kBlockUnits = 2 * kTile * kTile;  // of a block, for one step of depth
 constexpr int64_t kPanel = 64;                      // columns that a task packs and multiplies
+constexpr int64_t kAhead = 2048;                     // values that are asked for before they are packed
 constexpr int64_t kFewRows = 64;                      // up to so many, weights are read as they lie
 constexpr int64_t kNearBytes = 1 << 20;           // of A, that stay in a core's second cache while panels go by
 
@@ -39,7 +40,6 @@ class LeftRows {
     for (int64_t r = whole_; r < rows; ++r)
       std::memcpy(tail_ + (r - whole_) * depth, at_ + r * stride_, sizeof(BFloat16) * depth);
   }
-  static int64_t memory(int64_t depth) { return kTile * depth; }
 
   const BFloat16* tile(int64_t r) const { return r < whole_ ? at_ + r * stride_ : tail_; }
   int64_t bytes(int64_t r) const { return 2 * (r < whole_ ? stride_ : depth_); }
@@ -49,6 +49,11 @@ class LeftRows {
   int64_t stride_, whole_, depth_;
   BFloat16* tail_;
 };
+
+BFloat16* tail_scratch(int64_t depth) {
+  static thread_local Scratch scratch;
+  return scratch.get<BFloat16>(kTile * depth);
+}
 
 // C [16 kRows][32] float32 = A times a block of B. The tiles take 16 cycles a product, in which the vector units have
 // nothing to do: `chore` is called once for each step of depth.
@@ -116,6 +121,7 @@ struct Paired {
     for (int64_t c = 0; c < panel.columns; c += kBlock) {
       uint32_t* to = panel.block(c) + r / kDeep * kBlockUnits + r % kDeep / 2 * kTile;
       const Values from = b + r * stride + panel.column + c;
+      for (const Values row : {from, from + stride}) ask_for(row + kAhead);
       const Words x = r < rows ? raw_load<Words>(from, Whole{}) : Words{};
       const Words y = r + 1 < rows ? raw_load<Words>(from + stride, Whole{}) : Words{};
       raw_store(to, (x & 0xFFFFu) | (y << 16), Whole{});
@@ -244,23 +250,24 @@ struct Cut {
   int64_t chunk = round_up(parts(rows, chunks), kRows);
   int64_t panel_units = kPanel / 2 * depth;
 
-  Panel panel(int64_t task, uint32_t* memory) const {
-    const int64_t column = task % panels * kPanel;
-    return {column, std::min(kPanel, columns - column), depth, memory + task % 2 * panel_units};
+  int64_t tasks() const { return chunks * panels; }
+  Panel panel(int64_t number, uint32_t* memory) const {
+    return {number * kPanel, std::min(kPanel, columns - number * kPanel), depth, memory};
   }
   int64_t first_row(int64_t task) const { return task / panels * chunk; }
   int64_t last_row(int64_t task) const { return std::min(rows, first_row(task) + chunk); }
   // How often chores are called in a task.
   int64_t calls(int64_t task) const {
-    return parts(last_row(task) - first_row(task), kRows) * parts(panel(task, nullptr).columns, kBlock) * (depth / kDeep);
+    return parts(last_row(task) - first_row(task), kRows) * parts(panel(task % panels, nullptr).columns, kBlock) * (depth / kDeep);
   }
 };
 
+typedef float Sums2[2][Cut::kRows * kBlock];  // the block that is multiplied, and the one that is rounded
+
 // Rows of C in one panel, which is packed.
 template <class Source, class Out>
-void multiply_rows(const LeftRows& left, int64_t first, int64_t last, const Panel& panel, float (*sums)[1024],
+void multiply_rows(const LeftRows& left, int64_t first, int64_t last, const Panel& panel, Sums2& sums,
                    Chores<Source, Out>& chores) {
-  static_assert(Cut::kRows * kBlock == 1024, "a block of sums");
   const int64_t at_a_time = parts(Cut::kRows, panel.depth / kDeep);
   int64_t turn = 0;
   for (int64_t r = first; r < last; r += Cut::kRows)
@@ -277,24 +284,72 @@ void multiply_rows(const LeftRows& left, int64_t first, int64_t last, const Pane
   chores.finish_rows();
 }
 
-// C [rows][columns] = A [rows][depth] B. The depth is a multiple of 32 in A, and B is packed to that.
-template <class Source, class Out>
-void product(const Cut& cut, Values a, int64_t a_stride, const Source& source, const Out& out) {
-  const LeftRows left(a, a_stride, cut.rows, cut.depth, call_scratch().get<BFloat16>(LeftRows::memory(cut.depth)));
+// C [rows][columns] = A [rows][depth] B, where B lies in the direction of its depth: each panel is packed while the one
+// before it is multiplied. The depth is a multiple of 32.
+template <class Out>
+void product(const Cut& cut, const LeftRows& left, const Transposed& source, const Out& out) {
 #pragma omp parallel
   {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), tasks = cut.chunks * cut.panels;
-    const int64_t first = tasks * thread / threads, last = tasks * (thread + 1) / threads;
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t first = cut.tasks() * thread / threads, last = cut.tasks() * (thread + 1) / threads;
     auto* memory = own_scratch().get<uint32_t>(2 * cut.panel_units);
-    alignas(64) float sums[2][Cut::kRows * kBlock];
+    const auto panel = [&](int64_t task) { return cut.panel(task % cut.panels, memory + task % 2 * cut.panel_units); };
+    alignas(64) Sums2 sums;
     TileMath::Session session;
-    Chores<Source, Out> chores(source, out);
-    if (first < last) chores.pack(cut.panel(first, memory), 0);
+    Chores<Transposed, Out> chores(source, out);
+    if (first < last) chores.pack(panel(first), 0);
     for (int64_t task = first; task < last; ++task) {
       chores.finish_panel();
-      if (task + 1 < last) chores.pack(cut.panel(task + 1, memory), parts(cut.depth / 2, cut.calls(task)));
-      multiply_rows(left, cut.first_row(task), cut.last_row(task), cut.panel(task, memory), sums, chores);
+      if (task + 1 < last) chores.pack(panel(task + 1), parts(cut.depth / 2, cut.calls(task)));
+      multiply_rows(left, cut.first_row(task), cut.last_row(task), panel(task), sums, chores);
     }
+  }
+}
+
+// The same where B lies across its depth. Row by row is the only way through it at the memory's speed, so it is packed
+// whole, before anything is multiplied. To be called by all threads.
+void pack_all(const Cut& cut, const Paired& source, uint32_t* packed) {
+#pragma omp for schedule(static)
+  for (int64_t step = 0; step < cut.depth / kDeep; ++step)
+    for (int64_t i = step * kDeep / 2; i < (step + 1) * kDeep / 2; ++i)
+      for (int64_t p = 0; p < cut.panels; ++p) source.pack(cut.panel(p, packed + p * cut.panel_units), i);
+}
+
+template <class Out>
+void product(const Cut& cut, const LeftRows& left, const Paired& source, const Out& out) {
+  auto* packed = call_scratch().get<uint32_t>(cut.panels * cut.panel_units);
+#pragma omp parallel
+  {
+    pack_all(cut, source, packed);
+    alignas(64) Sums2 sums;
+    TileMath::Session session;
+    Chores<Paired, Out> chores(source, out);
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < cut.tasks(); ++task) {
+      const int64_t p = task % cut.panels;
+      multiply_rows(left, cut.first_row(task), cut.last_row(task), cut.panel(p, packed + p * cut.panel_units), sums, chores);
+    }
+  }
+}
+
+// The same with C written row by row, for one that is large beside A and B.
+template <class Out>
+void wide_product(const Cut& cut, const LeftRows& left, const Paired& source, const Out& out) {
+  const int64_t wide = std::max(kNearBytes / (2 * cut.depth) / kPanel, int64_t{1});  // panels that stay near
+  auto* packed = call_scratch().get<uint32_t>(cut.panels * cut.panel_units);
+#pragma omp parallel
+  {
+    pack_all(cut, source, packed);
+    alignas(64) Sums2 sums;
+    TileMath::Session session;
+    Chores<Paired, Out> chores(source, out);
+    for (int64_t from = 0; from < cut.panels; from += wide) {
+#pragma omp for schedule(static) nowait
+      for (int64_t r = 0; r < cut.rows; r += Cut::kRows)
+        for (int64_t p = from; p < std::min(cut.panels, from + wide); ++p)
+          multiply_rows(left, r, std::min(cut.rows, r + Cut::kRows), cut.panel(p, packed + p * cut.panel_units), sums, chores);
+    }
+    finish_streams();
   }
 }
 
@@ -346,31 +401,6 @@ void turn(int64_t rows, int64_t depth, int64_t columns, Values x, int64_t stride
   }
 }
 
-// The same where the depth is short and B small beside C: all of B is packed first, and C is written row by row.
-template <class Source, class Out>
-void wide_product(const Cut& cut, Values a, int64_t a_stride, const Source& source, const Out& out) {
-  const int64_t wide = std::max(kNearBytes / (2 * cut.depth) / kPanel, int64_t{1});  // panels that stay near
-  auto* packed = call_scratch().get<uint32_t>(cut.panels * cut.panel_units);
-  const LeftRows left(a, a_stride, cut.rows, cut.depth, nullptr);
-  const auto panel = [&](int64_t p) { return Panel{p * kPanel, std::min(kPanel, cut.columns - p * kPanel), cut.depth, packed + p * cut.panel_units}; };
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < cut.panels; ++p)
-      for (int64_t i = 0; i < cut.depth / 2; ++i) source.pack(panel(p), i);
-    alignas(64) float sums[2][Cut::kRows * kBlock];
-    TileMath::Session session;
-    Chores<Source, Out> chores(source, out);
-    for (int64_t first = 0; first < cut.panels; first += wide) {
-#pragma omp for schedule(static) nowait
-      for (int64_t block = 0; block < parts(cut.rows, Cut::kRows); ++block)
-        for (int64_t p = first; p < std::min(cut.panels, first + wide); ++p)
-          multiply_rows(left, block * Cut::kRows, std::min(cut.rows, (block + 1) * Cut::kRows), panel(p), sums, chores);
-    }
-    if (out.streaming) _mm_sfence();
-  }
-}
-
 }  // namespace
 }  // namespace stopgo
 
@@ -380,17 +410,17 @@ extern "C" void stopgo_projection_forward(int64_t rows, int64_t width, int64_t d
                                           const void* w, const void* bias, void* y, int64_t y_stride) {
   const auto *from = static_cast<Values>(x), *weight = static_cast<Values>(w), *shift = static_cast<Values>(bias);
   auto* to = static_cast<BFloat16*>(y);
-  if (rows <= kFewRows)
-    forward_few(rows, width, depth, from, x_stride, weight, {to, y_stride, shift});
-  else
-    product({rows, width, depth}, from, x_stride, Transposed{weight, depth},
-            Output<Order::kPlain>{to, y_stride, shift, false, false});
+  if (rows <= kFewRows) return forward_few(rows, width, depth, from, x_stride, weight, {to, y_stride, shift});
+  const LeftRows left(from, x_stride, rows, depth, tail_scratch(depth));
+  product({rows, width, depth}, left, Transposed{weight, depth},
+          Output<Order::kPlain>{to, y_stride, shift, false, false});
 }
 
 extern "C" void stopgo_projection_input_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy,
                                                  int64_t dy_stride, const void* w, void* dx, int64_t dx_stride,
                                                  int32_t add) {
-  product({rows, width, depth}, static_cast<Values>(dy), dy_stride, Paired{static_cast<Values>(w), width, depth},
+  const LeftRows left(static_cast<Values>(dy), dy_stride, rows, depth, tail_scratch(depth));
+  product({rows, width, depth}, left, Paired{static_cast<Values>(w), width, depth},
           Output<Order::kEvenFirst>{static_cast<BFloat16*>(dx), dx_stride, nullptr, add != 0, false});
 }
 
@@ -401,8 +431,9 @@ extern "C" void stopgo_projection_weight_gradient(int64_t rows, int64_t width, i
   static thread_local Scratch scratch;
   auto* turned = scratch.get<BFloat16>(width * stride);
   turn(rows, steps, width, static_cast<Values>(dy), dy_stride, turned, stride);
-  const bool streaming = reinterpret_cast<uintptr_t>(dw) % 64 == 0;
-  wide_product({width, depth, steps}, turned, stride, Paired{static_cast<Values>(x), x_stride, rows},
+  const bool streaming = reinterpret_cast<uintptr_t>(dw) % 64 == 0;  // past the caches: the optimizer reads it much later
+  wide_product({width, depth, steps}, LeftRows(turned, stride, width, steps, nullptr),
+               Paired{static_cast<Values>(x), x_stride, rows},
                Output<Order::kEvenFirst>{static_cast<BFloat16*>(dw), depth, nullptr, false, streaming});
 }
 

@@ -130,7 +130,7 @@ double stopgo_square_sum(int32_t dtype, int64_t n, const void* x);
 // AdamW as published (spec section 4.4), one pass: m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 // p = p - lr m / (sqrt(v) + eps); p = p - lr * weight_decay * p. g: dtype [n]; p, m, v: float32 [n].
 // weights: null, or dtype [n]: p rounded to nearest even. Nothing changes where *skipped is not 0.
-void stopgo_adamw(int32_t dtype, int64_t n, const void* gradient, float* p, float* m, float* v, void* weights, float lr,
-                  float beta1, float beta2, float eps, float weight_decay, const float* skipped);
+void stopgo_adamw(int32_t dtype, int64_t n, const void* gradient, float* p, float* m, float* v, void* weights, double lr,
+                  double beta1, double beta2, double eps, double weight_decay, const float* skipped);
 
 }  // extern "C"

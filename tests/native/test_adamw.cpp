@@ -5,7 +5,7 @@ using namespace check;
 
 TEST(adamw) {
   Random random(15);
-  const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-6f, decay = 0.01f;
+  const double lr = 1e-2, beta1 = 0.9, beta2 = 0.999, eps = 1e-6, decay = 0.01;
   for (int32_t dtype : kDtypes)
     for (int64_t n : {0, 1, 5, 63, 64, 65, 1601, 40000, 100003})
       for (bool with_weights : {true, false}) {
@@ -16,10 +16,10 @@ TEST(adamw) {
         for (int64_t i = 0; i < n; ++i) v0.set(i, i % 7 == 0 ? 0.0 : v0[i] * v0[i]);
         std::vector<double> p_truth, m_truth, v_truth;
         for (int64_t i = 0; i < n; ++i) {
-          const double g = gradient[i], m = double{beta1} * m0[i] + (1 - double{beta1}) * g;
-          const double v = double{beta2} * v0[i] + (1 - double{beta2}) * g * g;
-          const double moved = p0[i] - double{lr} * m / (std::sqrt(v) + double{eps});
-          p_truth.push_back(moved - double{lr} * double{decay} * moved);
+          const double g = gradient[i], m = beta1 * m0[i] + (1 - beta1) * g;
+          const double v = beta2 * v0[i] + (1 - beta2) * g * g;
+          const double moved = p0[i] - lr * m / (std::sqrt(v) + eps);
+          p_truth.push_back(moved - lr * decay * moved);
           m_truth.push_back(m);
           v_truth.push_back(v);
         }
@@ -61,8 +61,8 @@ TEST(optimizer_on_two_threads) {
   const float go = 0;
   expect_same_bits_on_two_threads([&] {
     Values p = start, m(kFloat32, n), v(kFloat32, n), weights(kBFloat16, n), norm(kFloat32, 2);
-    stopgo_adamw(kBFloat16, n, gradient.data(), p.floats(), m.floats(), v.floats(), weights.data(), 1e-3f, 0.9f, 0.999f,
-                 1e-6f, 0, &go);
+    stopgo_adamw(kBFloat16, n, gradient.data(), p.floats(), m.floats(), v.floats(), weights.data(), 1e-3, 0.9, 0.999,
+                 1e-6, 0, &go);
     const double sum = stopgo_square_sum(kBFloat16, n, gradient.data());
     std::memcpy(norm.data(), &sum, sizeof sum);
     return std::vector<Values>{p, m, v, weights, norm};
