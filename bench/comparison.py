@@ -19,6 +19,10 @@ from engine.tasks import TaskRow
 
 Say = Callable[[str], None]
 
+WARMING = (10_000, 10_001, 10_002)
+"""Batches of untimed steps. One is not enough: the allocator's pools grow over a few, with gigabytes of activations slowly, and
+that is no part of training's price."""
+
 
 @dataclass
 class Measured:
@@ -110,7 +114,8 @@ def _task(
     result = TaskResult(row, setting.batch, {worker.name: Measured() for worker in workers})
     result.rested = sum(_appetite(worker, row) for worker in workers) > available_bytes(setting.device)
     for worker in () if result.rested else workers:
-        _warm(worker, row)
+        for turn in WARMING:
+            _warm(worker, row, turn)
     for turn in turns:
         for worker in workers:
             if result.rested:
@@ -137,9 +142,9 @@ def _appetite(worker: Worker, row: TaskRow) -> int:
     return peak - kept
 
 
-def _warm(worker: Worker, row: TaskRow) -> Step:
-    """An untimed step on batch 0: caches, memory, the task's part of the optimizer's state."""
-    worker.ask("prepare", row, 0)
+def _warm(worker: Worker, row: TaskRow, turn: int = 0) -> Step:
+    """An untimed step: caches, memory, the task's part of the optimizer's state."""
+    worker.ask("prepare", row, turn)
     return _step(worker, row)
 
 
