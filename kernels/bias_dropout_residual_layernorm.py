@@ -277,7 +277,7 @@ def _backward_torch(
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for mean and 1 / σ of every row."""
-    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 _FORWARD = {"triton": _forward_triton, "native": _forward_native, "torch": _forward_torch}

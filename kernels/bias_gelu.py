@@ -133,7 +133,7 @@ _BACKWARD = {"triton": _backward_triton, "native": _backward_native, "torch": _b
 
 def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     """y [rows, width], outside of autograd. Contiguous, in one dtype; ValueError for what does not fit."""
-    check_rows("bias_gelu", len(x), {"x": x}, {"bias": bias})
+    check_rows("bias_gelu", x.shape[0], {"x": x}, {"bias": bias})
     with torch.no_grad():
         return _FORWARD[choose("bias_gelu", x)](x, bias)
 
@@ -144,7 +144,7 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, dx: Tensor, dbias: T
     dx may be dy, y may be x.
     """
     matrices = {"x": x, "dy": dy, "dx": dx} | ({} if y is None else {"y": y})
-    check_rows("bias_gelu", len(x), matrices, {"bias": bias, "dbias": dbias})
+    check_rows("bias_gelu", x.shape[0], matrices, {"bias": bias, "dbias": dbias})
     _BACKWARD[choose("bias_gelu", x)](dy, x, bias, dx, dbias, y)
 
 

@@ -67,7 +67,7 @@ _SIGNATURES: dict[str, list] = {
 _AMX_SIGNATURES: dict[str, list] = {
     "stopgo_projection_forward": [N, N, N, P, N, P, P, P, N],
     "stopgo_projection_input_gradient": [N, N, N, P, N, P, P, N, D],
-    "stopgo_projection_weight_gradient": [N, N, N, P, N, P, N, P],
+    "stopgo_projection_weight_gradient": [N, N, N, P, N, P, N, P, P],
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

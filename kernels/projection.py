@@ -11,10 +11,12 @@ are written past the caches. Together that is a sixth of a step (bench/LOG.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backends import choose
 from kernels.native_library import library, pointer
@@ -27,7 +29,7 @@ def project(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, [rows, width]."""
     if not _native(x, w):
         return F.linear(x, w, bias)
-    return NATIVE["forward"](x, w, bias, out=x.new_empty(len(x), len(w)))
+    return NATIVE["forward"](x, w, bias, out=x.new_empty(x.shape[0], w.shape[0]))
 
 
 def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
@@ -35,21 +37,40 @@ def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
     if not _native(dy, w):
         return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     if dx is None:
-        return NATIVE["input_gradient"](dy, w, out=dy.new_empty(len(dy), w.shape[1]))
+        return NATIVE["input_gradient"](dy, w, out=dy.new_empty(dy.shape[0], w.shape[1]))
     return NATIVE["added_input_gradient"](dx, dy, w, out=dx)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, out: Tensor) -> None:
-    """Writes dyᵀ x into out [width, depth]."""
+def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias_out: Tensor | None = None) -> None:
+    """Writes dyᵀ x into out [width, depth] and, where it is given, the sums of dy over its rows into bias_out [width]."""
     if _native(dy, out) and x.stride(1) == 1:
-        NATIVE["weight_gradient"](dy, x, out=out)
-    else:
-        torch.mm(_turned(dy) if _worth_turning(dy) else dy.t(), x, out=out)
+        NATIVE["weight_gradient"](dy, x, bias_out, out=out)
+        return
+    torch.mm(_turned(dy) if _worth_turning(dy) else dy.t(), x, out=out)
+    if bias_out is not None:
+        torch.sum(dy, 0, out=bias_out)
 
 
-def bias_gradient(dy: Tensor, out: Tensor) -> None:
-    """Writes the column sums of dy [rows, width] into out [width]."""
-    torch.sum(dy, 0, out=out)
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """`project`, as autograd follows it."""
+    result: Tensor = _Linear.apply(x, w)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return project(x, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        dw = torch.empty_like(w) if ctx.needs_input_grad[1] else None
+        if dw is not None:
+            weight_gradient(dy, x, dw)
+        return input_gradient(dy, w) if ctx.needs_input_grad[0] else None, dw
 
 
 # Native
@@ -59,10 +80,10 @@ def _native(x: Tensor, w: Tensor) -> bool:
     """Whether the native product is to be used: x [rows, width or depth], w the weight or its gradient."""
     width, depth = w.shape
     return (
-        choose("projection", x) == "native"
-        and x.dtype is torch.bfloat16
+        x.dtype is torch.bfloat16
         and w.dtype is torch.bfloat16
-        and len(x) > 0
+        and choose("projection", x) == "native"
+        and x.shape[0] > 0
         and width % _STEP == 0
         and depth % _STEP == 0
         and x.stride(1) == 1
@@ -72,15 +93,7 @@ def _native(x: Tensor, w: Tensor) -> bool:
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Tensor:
     library().stopgo_projection_forward(
-        len(x),
-        len(w),
-        w.shape[1],
-        x.data_ptr(),
-        x.stride(0),
-        w.data_ptr(),
-        pointer(bias),
-        out.data_ptr(),
-        out.stride(0),
+        x.shape[0], *w.shape, x.data_ptr(), x.stride(0), w.data_ptr(), pointer(bias), out.data_ptr(), out.stride(0)
     )
     return out
 
@@ -96,14 +109,21 @@ def _added_input_gradient(dx: Tensor, dy: Tensor, w: Tensor, *, out: Tensor) -> 
 
 def _add_input_gradient(dy: Tensor, w: Tensor, dx: Tensor, add: int) -> Tensor:
     library().stopgo_projection_input_gradient(
-        len(dy), w.shape[1], len(w), dy.data_ptr(), dy.stride(0), w.data_ptr(), dx.data_ptr(), dx.stride(0), add
+        dy.shape[0], w.shape[1], w.shape[0], dy.data_ptr(), dy.stride(0), w.data_ptr(), dx.data_ptr(), dx.stride(0), add
     )
     return dx
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, bias_out: Tensor | None = None, *, out: Tensor) -> Tensor:
     library().stopgo_projection_weight_gradient(
-        len(dy), *out.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()
+        dy.shape[0],
+        *out.shape,
+        dy.data_ptr(),
+        dy.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        pointer(bias_out),
     )
     return out
 

@@ -19,6 +19,7 @@ from engine.model.flat import FlatBlock, add_rows
 from engine.model.randomness import Randomness
 from engine.model.sublayers import layer_norm
 from kernels.dropout import drop
+from kernels.projection import linear
 from kernels.recorded import Recorded
 from kernels.region_embedding import region_embedding
 from kernels.rows import Rows
@@ -110,7 +111,7 @@ class ImageEmbedding(FlatBlock):
     def forward(self, features: Tensor, boxes: Tensor, rows: Rows, random: Randomness) -> Tensor:
         """[R, V] from features [R, F] and boxes [R, 5]."""
         w = self.fields()
-        x = F.linear(features.to(w["features"].dtype), w["features"])
+        x = linear(features.to(w["features"].dtype), w["features"])
         return region_embedding(
             x, w["feature_bias"], boxes, w["locations"], w["location_bias"], w["weight"], w["shift"], rows,
             random.dropout(self.p, slot=0),

@@ -18,7 +18,7 @@ from kernels.bias_dropout_residual_layernorm import (
 )
 from kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import Dropout
-from kernels.projection import bias_gradient, input_gradient, project, weight_gradient
+from kernels.projection import input_gradient, project, weight_gradient
 from kernels.rows import Rows
 
 
@@ -75,8 +75,7 @@ def feed_forward_backward(w: Fields, g: Fields, prefix: str, saved: tuple[Tensor
 
 def projection_backward(w: Tensor, gw: Tensor, gb: Tensor, x: Tensor, dy: Tensor, dx: Tensor | None = None) -> Tensor:
     """Gradient of x under y = x Wᵀ + b, added to dx where one is given; writes the gradients of W and b."""
-    weight_gradient(dy, x, gw)
-    bias_gradient(dy, gb)
+    weight_gradient(dy, x, gw, gb)
     return input_gradient(dy, w, dx)
 
 

@@ -384,11 +384,20 @@ void forward_few(int64_t rows, int64_t width, int64_t depth, Values x, int64_t x
   }
 }
 
-// out [columns][depth] = x^T, x [rows][columns]; zeros beyond the rows. Rows of out are out_stride apart.
-void turn(int64_t rows, int64_t depth, int64_t columns, Values x, int64_t stride, BFloat16* out, int64_t out_stride) {
+// Both values of each of 16 units.
+STOPGO_INLINE Floats sum_of_pair(const uint32_t* units) {
+  const Words both = raw_load<Words>(units, Whole{});
+  return bits_as<Floats>(both << 16) + bits_as<Floats>(both & 0xFFFF0000u);
+}
+
+// out [columns][depth] = x^T, x [rows][columns]; zeros beyond the rows. Rows of out are out_stride apart. sums: null, or
+// [columns], the sums of x over its rows.
+void turn(int64_t rows, int64_t depth, int64_t columns, Values x, int64_t stride, BFloat16* out, int64_t out_stride,
+          BFloat16* sums) {
 #pragma omp parallel for schedule(static)
   for (int64_t c = 0; c < columns; c += kBlock) {
     alignas(64) uint32_t units[kBlockUnits];
+    Floats even{}, odds{};
     for (int64_t r = 0; r < depth; r += kDeep) {
       const Paired source = {x + r * stride, stride, std::min(kDeep, rows - r)};
       for (int64_t i = 0; i < kDeep / 2; ++i) source.pack({c, kBlock, kDeep, units}, i);
@@ -397,7 +406,13 @@ void turn(int64_t rows, int64_t depth, int64_t columns, Values x, int64_t stride
           auto* to = reinterpret_cast<uint32_t*>(out + (c + 2 * i + odd) * out_stride + r);
           turning::turn_four_columns(units + odd * kTile * kTile + i, kTile, to, out_stride);
         }
+      if (sums == nullptr) continue;
+      for (int64_t i = 0; i < kTile; ++i) {
+        even += sum_of_pair(units + i * kTile);
+        odds += sum_of_pair(units + (kTile + i) * kTile);
+      }
     }
+    if (sums != nullptr) _mm512_storeu_si512(sums + c, Layout<2>::joined(even, odds));
   }
 }
 
@@ -425,12 +440,14 @@ extern "C" void stopgo_projection_input_gradient(int64_t rows, int64_t width, in
 }
 
 extern "C" void stopgo_projection_weight_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy,
-                                                  int64_t dy_stride, const void* x, int64_t x_stride, void* dw) {
+                                                  int64_t dy_stride, const void* x, int64_t x_stride, void* dw,
+                                                  void* dbias) {
   const int64_t steps = round_up(rows, kDeep);
   const int64_t stride = steps + (steps / kDeep % 2 ? 0 : kDeep);  // an odd number of cache lines
   static thread_local Scratch scratch;
   auto* turned = scratch.get<BFloat16>(width * stride);
-  turn(rows, steps, width, static_cast<Values>(dy), dy_stride, turned, stride);
+  turn(rows, steps, width, static_cast<Values>(dy), dy_stride, turned, stride,
+       static_cast<BFloat16*>(dbias));
   const bool streaming = reinterpret_cast<uintptr_t>(dw) % 64 == 0;  // past the caches: the optimizer reads it much later
   wide_product({width, depth, steps}, LeftRows(turned, stride, width, steps, nullptr),
                Paired{static_cast<Values>(x), x_stride, rows},

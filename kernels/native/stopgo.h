@@ -103,9 +103,9 @@ void stopgo_projection_forward(int64_t rows, int64_t width, int64_t depth, const
 // dx [rows, width] = dy W, or dx += dy W with `add`; dy [rows, depth], W [depth, width].
 void stopgo_projection_input_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
                                       const void* w, void* dx, int64_t dx_stride, int32_t add);
-// dw [width, depth] = dy^T x; dy [rows, width], x [rows, depth].
+// dw [width, depth] = dy^T x, and dbias (null or [width]) the column sums of dy; dy [rows, width], x [rows, depth].
 void stopgo_projection_weight_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
-                                       const void* x, int64_t x_stride, void* dw);
+                                       const void* x, int64_t x_stride, void* dw, void* dbias);
 
 // Multi-label loss of logits [examples, classes] against sparse soft labels (kernels/soft_label_bce.py): example b owns entries
 // offsets[b]:offsets[b + 1]. loss: float32 [examples], unscaled; score: float32 [examples];

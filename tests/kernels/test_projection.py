@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import native_library, projection
 from kernels.backends import UnusableBackend, choose, using
 from kernels.names import parse
-from kernels.projection import input_gradient, project, weight_gradient
+from kernels.projection import input_gradient, linear, project, weight_gradient
 from tests.kernels.backends import bits_of
 from tests.kernels.oracle import DEVICE, normal
 
@@ -63,8 +63,14 @@ def gradient_of_weight(x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> Tensor
     return written
 
 
+def gradient_of_bias(x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> Tensor:
+    written = torch.full_like(bias, torch.nan)
+    weight_gradient(dy, x, torch.empty_like(w), written)
+    return written
+
+
 PRODUCTS: list[Product] = [
-    forward, forward_with_bias, gradient_of_input, added_gradient_of_input, gradient_of_weight,
+    forward, forward_with_bias, gradient_of_input, added_gradient_of_input, gradient_of_weight, gradient_of_bias,
 ]  # fmt: skip
 
 
@@ -121,7 +127,7 @@ def test_native_products_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x = operands(40, 64, 96)
     for call in PRODUCTS:
         call(*x)
-    assert called == ["forward", "forward", "input_gradient", "added_input_gradient", "weight_gradient"]
+    assert called == ["forward", "forward", "input_gradient", "added_input_gradient"] + 2 * ["weight_gradient"]
 
 
 def test_choice_of_backend() -> None:
@@ -136,3 +142,11 @@ def test_choice_of_backend() -> None:
     if not AMX:
         with using({"projection": "native"}), pytest.raises(UnusableBackend, match="projection: "):
             choose("projection", x)
+
+
+def test_autograd_follows_a_projection() -> None:
+    x, w, _, dy = operands(40, 64, 96)
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    linear(x, w).backward(dy)
+    assert x.grad is not None and torch.equal(x.grad, input_gradient(dy, w.detach()))
+    assert w.grad is not None and torch.equal(w.grad, gradient_of_weight(x.detach(), w.detach(), w[:, 0], dy))

@@ -94,9 +94,16 @@ TEST(projection_weight_gradient) {
       for (int64_t k = 0; k < s.depth; ++k)
         truth.push_back(dot(s.rows, [&](int64_t r) { return dy[r * dy_stride + n]; },
                             [&](int64_t r) { return x[r * x_stride + k]; }));
-    Values dw(kBFloat16, s.width * s.depth);
-    stopgo_projection_weight_gradient(s.rows, s.width, s.depth, dy.data(), dy_stride, x.data(), x_stride, dw.data());
-    expect_product("dw", dw, truth, s.width, s.depth, s.depth);
+    std::vector<double> sums(static_cast<size_t>(s.width));
+    for (int64_t n = 0; n < s.width; ++n)
+      for (int64_t r = 0; r < s.rows; ++r) sums[static_cast<size_t>(n)] += dy[r * dy_stride + n];
+    Values dw(kBFloat16, s.width * s.depth), dbias(kBFloat16, s.width);
+    for (bool with_bias : {false, true}) {
+      stopgo_projection_weight_gradient(s.rows, s.width, s.depth, dy.data(), dy_stride, x.data(), x_stride, dw.data(),
+                                        with_bias ? dbias.data() : nullptr);
+      expect_product("dw", dw, truth, s.width, s.depth, s.depth);
+    }
+    expect_close("dbias", dbias, sums, 64);
   });
 }
 
@@ -106,11 +113,13 @@ TEST(projection_on_two_threads) {
   const Values x = random.values(kBFloat16, rows * depth), dy = random.values(kBFloat16, rows * width);
   const Values w = random.values(kBFloat16, width * depth);
   expect_same_bits_on_two_threads([&] {
-    Values y(kBFloat16, rows * width), dx(kBFloat16, rows * depth), dw(kBFloat16, width * depth);
+    Values y(kBFloat16, rows * width), dx(kBFloat16, rows * depth);
+    Values dw(kBFloat16, width * depth), dbias(kBFloat16, width);
     stopgo_projection_forward(rows, width, depth, x.data(), depth, w.data(), nullptr, y.data(), width);
     stopgo_projection_input_gradient(rows, depth, width, dy.data(), width, w.data(), dx.data(), depth, 0);
-    stopgo_projection_weight_gradient(rows, width, depth, dy.data(), width, x.data(), depth, dw.data());
-    return std::vector<Values>{y, dx, dw};
+    stopgo_projection_weight_gradient(rows, width, depth, dy.data(), width, x.data(), depth, dw.data(),
+                                      dbias.data());
+    return std::vector<Values>{y, dx, dw, dbias};
   });
 }
 
