@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import native_library
-from kernels.names import OPS, check, parse
+from kernels.names import CHOICES, PROJECTION, check, parse
 
 ENVIRONMENT = "STOPGO_KERNELS"
 
@@ -77,14 +77,14 @@ def choose(op: str, x: Tensor) -> str:
     if x.dtype is torch.float64:
         return "torch"
     if x.is_cuda:
-        return "torch" if op == "projection" else "triton"
+        return "torch" if op == PROJECTION else "triton"
     return "native" if x.device.type == "cpu" and _has_native(op) else "torch"
 
 
 def report(device: torch.device) -> list[Choice]:
     """What every op uses on `device`, and why."""
     sample = torch.empty(0, device=device)
-    return [Choice(op, choose(op, sample), _reason(op, device)) for op in OPS]
+    return [Choice(op, choose(op, sample), _reason(op, device)) for op in CHOICES]
 
 
 def interpreting() -> bool:
@@ -108,7 +108,7 @@ def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
 
 
 def _has_native(op: str) -> bool:
-    return native_library.available() and (op != "projection" or native_library.isa() == "amx")
+    return native_library.available() and (op != PROJECTION or native_library.isa() == "amx")
 
 
 def _reason(op: str, device: torch.device) -> str:

@@ -16,10 +16,12 @@ OPS = (
     "masked_lm_loss",
     "dropout",
     "adamw",
-    "projection",
 )
-_TORCH_OR_NATIVE = ("projection",)
-"""Ops that Triton has no part in, and native only on some CPUs: no name for all ops at once asks for those."""
+"""Ops with an implementation of each kind."""
+PROJECTION = "projection"
+"""Matrix products: a choice like an op's, but cuBLAS's and oneDNN's business, and ours on some CPUs only. Triton has no part in
+them; a name for all ops at once leaves them to the rule, unless it is torch."""
+CHOICES = (*OPS, PROJECTION)
 
 
 def parse(text: str) -> dict[str, str]:
@@ -28,7 +30,7 @@ def parse(text: str) -> dict[str, str]:
     if not text:
         return {}
     if "=" not in text:
-        return check({op: text for op in OPS if text == "torch" or op not in _TORCH_OR_NATIVE})
+        return check(dict.fromkeys(CHOICES if text == "torch" else OPS, text))
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     return check({op.strip(): backend.strip() for op, backend in pairs})
 
@@ -36,10 +38,10 @@ def parse(text: str) -> dict[str, str]:
 def check(overrides: Mapping[str, str]) -> dict[str, str]:
     """The same overrides; ValueError for an op or a backend that does not exist."""
     for op, backend in overrides.items():
-        if op not in OPS:
-            raise ValueError(f"no kernel op is called {op!r} (there are {', '.join(OPS)})")
+        if op not in CHOICES:
+            raise ValueError(f"no kernel op is called {op!r} (there are {', '.join(CHOICES)})")
         if backend not in BACKENDS:
             raise ValueError(f"{op}: no backend is called {backend!r} (there are {', '.join(BACKENDS)})")
-        if backend == "triton" and op in _TORCH_OR_NATIVE:
+        if backend == "triton" and op == PROJECTION:
             raise ValueError(f"{op} has no triton backend (use torch: on a GPU that is cuBLAS)")
     return dict(overrides)

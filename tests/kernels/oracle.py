@@ -65,7 +65,11 @@ def check(op: Function, reference: Function, oracle: Function, inputs: Inputs) -
                 what = f"{name} in {dtype}, strided={strided}, size {_rms(value):.2e}: "
                 allowed = WITHIN[dtype] * _rms(value) + rounding
                 assert plain_error <= allowed, f"{what} the reference is off by {plain_error:.2e}"
-                assert error <= 2 * plain_error + rounding / 8, f"{what} off by {error:.2e}, torch by {plain_error:.2e}"
+                # Over few values a root mean square is one draw of rounding's dice, torch's as well as ours.
+                luck = torch.finfo(dtype).eps * _rms(value) / value.numel() ** 0.5
+                assert error <= 2 * plain_error + rounding / 8 + luck, (
+                    f"{what} off by {error:.2e}, torch by {plain_error:.2e}"
+                )
 
 
 def gradients_are_right(op: Function, inputs: Inputs) -> None:
