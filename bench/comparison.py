@@ -19,6 +19,9 @@ from engine.tasks import TaskRow
 
 Say = Callable[[str], None]
 
+HEAPS_GROW = 1.5
+"""What a provider holds after several steps, over what its first step took: pools keep what batches of other lengths needed."""
+
 WARMING = (10_000, 10_001, 10_002)
 """Batches of untimed steps. One is not enough: the allocator's pools grow over a few, with gigabytes of activations slowly, and
 that is no part of training's price."""
@@ -112,7 +115,7 @@ def _task(
     """One step of each provider on each of these batches. With a batch of its own every round is as in training: row counts
     change, and what a library prepares for each new shape of a product is part of the price."""
     result = TaskResult(row, setting.batch, {worker.name: Measured() for worker in workers})
-    result.rested = sum(_appetite(worker, row) for worker in workers) > available_bytes(setting.device)
+    result.rested = HEAPS_GROW * sum(_appetite(worker, row) for worker in workers) > available_bytes(setting.device)
     for worker in () if result.rested else workers:
         for turn in WARMING:
             _warm(worker, row, turn)
