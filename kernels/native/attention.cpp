@@ -9,7 +9,7 @@ namespace {
 template <class T, class F>
 void with_math(F&& f) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-#if defined(__AMX_BF16__)
+#if defined(STOPGO_AMX)
     return f(TileMath{});
 #elif defined(__AVX512BF16__)
     // AMD's cores do bfloat16 dot products at twice the rate of float32, Intel's since Sapphire Rapids at half of it.

@@ -10,7 +10,7 @@
 #pragma once
 #include "simd.h"
 
-#if defined(__AMX_BF16__)
+#if defined(STOPGO_AMX)
 #include <cstdio>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -139,7 +139,7 @@ struct PairMath {
 };
 #endif
 
-#if defined(__AMX_BF16__)
+#if defined(STOPGO_AMX)
 // Tiles of 16 rows of 64 bytes. Not on the stack: GCC would think that only the first bytes of it are read.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -1,4 +1,5 @@
 // What this library is: the version of its interface, and the instruction set that it was compiled for.
+#include "simd.h"
 #include "stopgo.h"
 
 extern "C" {
@@ -6,7 +7,7 @@ extern "C" {
 int32_t stopgo_abi_version() { return 3; }
 
 const char* stopgo_isa() {
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name, and that of Clang before 15
+#if defined(STOPGO_AMX)
   return "amx";
 #elif defined(__AVX512BF16__)
   return "avx512bf16";

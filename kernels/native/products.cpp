@@ -14,7 +14,7 @@
 #include "parallel.h"
 #include "stopgo.h"
 
-#if defined(__AMX_BF16__)
+#if defined(STOPGO_AMX)
 
 namespace stopgo {
 namespace {

@@ -14,6 +14,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // GCC's name, and that of Clang before 15
+#define STOPGO_AMX 1
+#endif
+
 #define STOPGO_INLINE inline __attribute__((always_inline))
 #define STOPGO_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -3,7 +3,7 @@
 
 using namespace check;
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
 
 namespace {
 
