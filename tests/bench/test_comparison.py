@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import comparison
-from bench.comparison import TaskResult, compare, geometric_mean
+from bench.comparison import HEAPS_GROW, WARMING, TaskResult, compare, geometric_mean
 from bench.estimate import Estimate
 from bench.gemms import GemmTimes
 from bench.lengths import load
@@ -21,6 +21,8 @@ from engine.tasks import load_table
 from tests.bench.test_iterations import setting
 
 PEAK, KEPT = 1000, 100
+ENOUGH = round(HEAPS_GROW * 2 * (PEAK - KEPT))
+"""Of memory, for two providers and what their heaps grow by."""
 SECONDS = {"ours": 1.0, "authors": 8.0, "stock": 2.0}
 
 asked: list[tuple[Any, ...]] = []
@@ -65,8 +67,10 @@ def run(monkeypatch: pytest.MonkeyPatch, available: int, peers: list[str], turns
 
 def test_turns_alternate_and_everybody_stays_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough memory: after the warm-ups, steps follow each other in turn, each on the round's batch."""
-    result = run(monkeypatch, 2 * (PEAK - KEPT), ["stock"], [1, 2])
+    result = run(monkeypatch, ENOUGH, ["stock"], [1, 2])
     assert not result.rested
+    warmed = [call for call in asked if call[1] == "prepare" and call[2] in WARMING]
+    assert warmed == [(name, "prepare", turn) for name in ("ours", "stock") for turn in WARMING]
     first = asked.index(("ours", "prepare", 1))
     last = asked.index(("ours", "prepare", 0), first)
     steps = [call for call in asked[first:last] if call[1] in ("prepare", "step")]
@@ -78,7 +82,7 @@ def test_turns_alternate_and_everybody_stays_warm(monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_memory_is_short_only_one_is_awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(monkeypatch, 2 * (PEAK - KEPT) - 1, ["stock"], [1, 2])
+    result = run(monkeypatch, ENOUGH - 1, ["stock"], [1, 2])
     assert result.rested
     awake: set[str] = set()
     for name, what, *_ in asked:
