@@ -27,14 +27,14 @@ _STEP = 32
 
 def project(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, [rows, width]."""
-    if not _native(x, w):
+    if not _native(w, (x, w.shape[1]), bias=bias):
         return F.linear(x, w, bias)
     return NATIVE["forward"](x, w, bias, out=x.new_empty(x.shape[0], w.shape[0]))
 
 
 def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
     """dy W, [rows, depth], added to dx where one is given."""
-    if not _native(dy, w):
+    if not _native(w, (dy, w.shape[0]), *([] if dx is None else [(dx, w.shape[1])])):
         return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     if dx is None:
         return NATIVE["input_gradient"](dy, w, out=dy.new_empty(dy.shape[0], w.shape[1]))
@@ -43,7 +43,7 @@ def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias_out: Tensor | None = None) -> None:
     """Writes dyᵀ x into out [width, depth] and, where it is given, the sums of dy over its rows into bias_out [width]."""
-    if _native(dy, out) and x.stride(1) == 1:
+    if _native(out, (dy, out.shape[0]), (x, out.shape[1]), bias=bias_out):
         NATIVE["weight_gradient"](dy, x, bias_out, out=out)
         return
     torch.mm(_turned(dy) if _worth_turning(dy) else dy.t(), x, out=out)
@@ -76,19 +76,25 @@ class _Linear(torch.autograd.Function):
 # Native
 
 
-def _native(x: Tensor, w: Tensor) -> bool:
-    """Whether the native product is to be used: x [rows, width or depth], w the weight or its gradient."""
+def _native(w: Tensor, *matrices: tuple[Tensor, int], bias: Tensor | None = None) -> bool:
+    """Whether the native product is to be used: w [width, depth], the weight or its gradient; matrices, each with the number
+    of its columns; bias [width]. The kernels read through bare pointers: what does not fit is left to torch, which says so."""
     width, depth = w.shape
+    rows = matrices[0][0].shape[0]
     return (
-        x.dtype is torch.bfloat16
+        choose("projection", w) == "native"
         and w.dtype is torch.bfloat16
-        and choose("projection", x) == "native"
-        and x.shape[0] > 0
+        and rows > 0
         and width % _STEP == 0
         and depth % _STEP == 0
-        and x.stride(1) == 1
         and w.is_contiguous()
+        and all(_fits(x, (rows, columns), w) and x.stride(1) == 1 for x, columns in matrices)
+        and (bias is None or (_fits(bias, (width,), w) and bias.is_contiguous()))
     )
+
+
+def _fits(x: Tensor, shape: tuple[int, ...], w: Tensor) -> bool:
+    return x.shape == shape and x.dtype is w.dtype and x.device == w.device
 
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Tensor:
