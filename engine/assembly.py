@@ -18,7 +18,7 @@ from engine.model.published import load_bert, load_published, read_state
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
 from engine.tasks import HeadRow, Table, TaskRow, base_lr, loss_scale, task_tokens
-from kernels import backends
+from kernels import backends, heap
 from pipelines.answers import Answers
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
@@ -210,7 +210,9 @@ def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT
 
 
 def use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> None:
-    """Take the run's choice of backends, and say in one line what every op uses."""
+    """Take the run's choice of backends, and say in one line what every op uses. On the CPU also `heap.keep`."""
+    if device.type == "cpu":
+        heap.keep()
     backends.use(config.kernels)
     by_backend: dict[str, list[str]] = {}
     try:

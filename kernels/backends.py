@@ -45,6 +45,8 @@ class Choice(NamedTuple):
 
 
 _overrides: dict[str, str] = parse(os.environ.get(ENVIRONMENT, ""))
+_decided: dict[tuple[str, torch.dtype, torch.device], str] = {}
+"""What `choose` found under these overrides; a step asks six hundred times."""
 
 
 def use(overrides: Mapping[str, str]) -> None:
@@ -66,19 +68,28 @@ def using(overrides: Mapping[str, str] | str) -> Iterator[None]:
 def _set(overrides: Mapping[str, str]) -> None:
     _overrides.clear()
     _overrides.update(overrides)
+    _decided.clear()
 
 
 def choose(op: str, x: Tensor) -> str:
     """The backend of `op` for tensors like x. UnusableBackend where an override cannot be obeyed."""
+    key = op, x.dtype, x.device
+    backend = _decided.get(key)
+    if backend is None:
+        backend = _decided[key] = _decide(*key)
+    return backend
+
+
+def _decide(op: str, dtype: torch.dtype, device: torch.device) -> str:
     forced = _overrides.get(op)
     if forced is not None:
-        _refuse_unusable(op, forced, x.device)
-        return forced if x.dtype is not torch.float64 else "torch"
-    if x.dtype is torch.float64:
+        _refuse_unusable(op, forced, device)
+        return forced if dtype is not torch.float64 else "torch"
+    if dtype is torch.float64:
         return "torch"
-    if x.is_cuda:
+    if device.type == "cuda":
         return "torch" if op == PROJECTION else "triton"
-    return "native" if x.device.type == "cpu" and _has_native(op) else "torch"
+    return "native" if device.type == "cpu" and _has_native(op) else "torch"
 
 
 def report(device: torch.device) -> list[Choice]:

@@ -90,6 +90,7 @@ def library() -> ctypes.CDLL:
     return found
 
 
+@cache
 def isa() -> str:
     """The instruction set in use."""
     return str(library().stopgo_isa().decode())

@@ -79,18 +79,16 @@ class _Linear(torch.autograd.Function):
 def _native(w: Tensor, *matrices: tuple[Tensor, int], bias: Tensor | None = None) -> bool:
     """Whether the native product is to be used: w [width, depth], the weight or its gradient; matrices, each with the number
     of its columns; bias [width]. The kernels read through bare pointers: what does not fit is left to torch, which says so."""
+    if choose("projection", w) != "native" or w.dtype is not torch.bfloat16 or not w.is_contiguous():
+        return False
     width, depth = w.shape
     rows = matrices[0][0].shape[0]
-    return (
-        choose("projection", w) == "native"
-        and w.dtype is torch.bfloat16
-        and rows > 0
-        and width % _STEP == 0
-        and depth % _STEP == 0
-        and w.is_contiguous()
-        and all(_fits(x, (rows, columns), w) and x.stride(1) == 1 for x, columns in matrices)
-        and (bias is None or (_fits(bias, (width,), w) and bias.is_contiguous()))
-    )
+    if not rows or width % _STEP or depth % _STEP:
+        return False
+    for x, columns in matrices:
+        if not _fits(x, (rows, columns), w) or x.stride(1) != 1:
+            return False
+    return bias is None or (_fits(bias, (width,), w) and bias.is_contiguous())
 
 
 def _fits(x: Tensor, shape: tuple[int, ...], w: Tensor) -> bool:

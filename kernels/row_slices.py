@@ -170,13 +170,12 @@ def check_rows(op: str, rows: int, matrices: Mapping[str, Tensor], vectors: Mapp
     """ValueError where matrices are not [rows, width], vectors not [width], all contiguous and in one dtype: the kernels
     read through bare pointers, so what does not fit must not reach them."""
     first = next(iter(matrices.values()))
-    shapes = dict.fromkeys(matrices, (rows, first.shape[-1])) | dict.fromkeys(vectors, first.shape[-1:])
-    for name, x in {**matrices, **vectors}.items():
-        if x.shape != shapes[name] or x.dtype is not first.dtype or x.device != first.device or not x.is_contiguous():
-            what = f"{tuple(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}"
-            raise ValueError(
-                f"{op}: {name} is {what}; wanted {tuple(shapes[name])} {first.dtype} on {first.device}, contiguous"
-            )
+    dtype, device, width = first.dtype, first.device, first.shape[-1]
+    for shape, tensors in (((rows, width), matrices), ((width,), vectors)):
+        for name, x in tensors.items():
+            if x.shape != shape or x.dtype is not dtype or x.device != device or not x.is_contiguous():
+                what = f"{tuple(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}"
+                raise ValueError(f"{op}: {name} is {what}; wanted {shape} {dtype} on {device}, contiguous")
 
 
 def fold(partial: Tensor, vectors: list[Tensor], matrix: Tensor | None = None) -> None:

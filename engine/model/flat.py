@@ -135,7 +135,7 @@ class FlatBlock(nn.Module):
 
 
 def _views(flat: Tensor, layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    pieces = flat.split([prod(shape) for shape in layout.values()])
+    pieces = flat.split_with_sizes([prod(shape) for shape in layout.values()])
     return {name: piece.view(shape) for (name, shape), piece in zip(layout.items(), pieces, strict=True)}
 
 

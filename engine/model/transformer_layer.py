@@ -64,13 +64,14 @@ class _AllRows:
 
     def __init__(self, layer: TransformerLayer, rows: Rows, random: Randomness) -> None:
         self.width, self.heads, self.rows, self.out_rows = layer.width, layer.heads, rows, rows
+        self.thirds = [layer.width] * 3
         self.attention_dropout = random.dropout(layer.attention_dropout, slot=0)
         self.attended_dropout = random.dropout(layer.hidden_dropout, slot=1)
         self.fed_dropout = random.dropout(layer.hidden_dropout, slot=2)
 
     def forward(self, w: Fields, x: Tensor) -> tuple[Tensor, Any]:
         qkv = project(x, w["qkv"], w["qkv_bias"])
-        q, k, v = qkv.split(self.width, 1)
+        q, k, v = qkv.split_with_sizes(self.thirds, 1)
         context, attended = attention_forward(q, k, v, self.rows, self.rows, self.heads, self.attention_dropout)
         y, rest = self.rest_forward(w, context, x)
         return y, (x, attended, rest)
@@ -79,7 +80,7 @@ class _AllRows:
         x, attended, rest = saved
         dcontext, dx = self.rest_backward(w, g, rest, dy)
         dqkv = dx.new_empty(len(x), 3 * self.width)
-        attention_backward(attended, dcontext, *dqkv.split(self.width, 1))
+        attention_backward(attended, dcontext, *dqkv.split_with_sizes(self.thirds, 1))
         return (projection_backward(w["qkv"], g["qkv"], g["qkv_bias"], x, dqkv, dx),)
 
     def rest_forward(self, w: Fields, context: Tensor, residual: Tensor) -> tuple[Tensor, Any]:
