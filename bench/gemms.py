@@ -104,11 +104,13 @@ class GemmRecorder(TorchDispatchMode):
         return result
 
     def _run_native(self, name: str, product: Callable[..., Tensor], *tensors: Tensor | None, out: Tensor) -> Tensor:
-        operands = tuple(Operand.of(x) for x in tensors if x is not None)
+        plain = projection.PLAIN.get(name)
+        form, of_product = (product, tensors) if plain is None else (self._native[plain], tensors[:2])
+        operands = tuple(Operand.of(x) for x in of_product if x is not None)
         left = tensors[0] if name != "added_input_gradient" else tensors[1]
         assert left is not None
         depth = left.shape[0 if name == "weight_gradient" else 1]
-        self.gemms.append(Gemm(product, operands, {}, Operand.of(out), depth))
+        self.gemms.append(Gemm(form, operands, {}, Operand.of(out), depth))
         return product(*tensors, out=out)
 
 

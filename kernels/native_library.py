@@ -40,7 +40,7 @@ _NEEDED = {
     "portable": set(),
 }
 """Flags of /proc/cpuinfo that each instruction set asks for."""
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _COST = "plain torch computes the same; a training step takes about twice the time"
 
 P, N, D, W, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
@@ -67,6 +67,8 @@ _SIGNATURES: dict[str, list] = {
 _AMX_SIGNATURES: dict[str, list] = {
     "stopgo_projection_forward": [N, N, N, P, N, P, P, P, N],
     "stopgo_projection_input_gradient": [N, N, N, P, N, P, P, N, D],
+    "stopgo_projection_gelu_forward": [N, N, N, P, N, P, P, P, P],
+    "stopgo_projection_gelu_gradient": [N, N, N, P, N, P, P, P, P],
     "stopgo_projection_weight_gradient": [N, N, N, P, N, P, N, P, P],
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

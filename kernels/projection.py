@@ -27,14 +27,14 @@ _STEP = 32
 
 def project(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, [rows, width]."""
-    if not _native(w, (x, w.shape[1]), bias=bias):
+    if not is_native(w, (x, w.shape[1]), bias=bias):
         return F.linear(x, w, bias)
     return NATIVE["forward"](x, w, bias, out=x.new_empty(x.shape[0], w.shape[0]))
 
 
 def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
     """dy W, [rows, depth], added to dx where one is given."""
-    if not _native(w, (dy, w.shape[0]), *([] if dx is None else [(dx, w.shape[1])])):
+    if not is_native(w, (dy, w.shape[0]), *([] if dx is None else [(dx, w.shape[1])])):
         return torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     if dx is None:
         return NATIVE["input_gradient"](dy, w, out=dy.new_empty(dy.shape[0], w.shape[1]))
@@ -43,7 +43,7 @@ def input_gradient(dy: Tensor, w: Tensor, dx: Tensor | None = None) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias_out: Tensor | None = None) -> None:
     """Writes dyᵀ x into out [width, depth] and, where it is given, the sums of dy over its rows into bias_out [width]."""
-    if _native(out, (dy, out.shape[0]), (x, out.shape[1]), bias=bias_out):
+    if is_native(out, (dy, out.shape[0]), (x, out.shape[1]), bias=bias_out):
         NATIVE["weight_gradient"](dy, x, bias_out, out=out)
         return
     torch.mm(_turned(dy) if _worth_turning(dy) else dy.t(), x, out=out)
@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
 # Native
 
 
-def _native(w: Tensor, *matrices: tuple[Tensor, int], bias: Tensor | None = None) -> bool:
+def is_native(w: Tensor, *matrices: tuple[Tensor, int], bias: Tensor | None = None) -> bool:
     """Whether the native product is to be used: w [width, depth], the weight or its gradient; matrices, each with the number
     of its columns; bias [width]. The kernels read through bare pointers: what does not fit is left to torch, which says so."""
     if choose("projection", w) != "native" or w.dtype is not torch.bfloat16 or not w.is_contiguous():
@@ -86,12 +86,13 @@ def _native(w: Tensor, *matrices: tuple[Tensor, int], bias: Tensor | None = None
     if not rows or width % _STEP or depth % _STEP:
         return False
     for x, columns in matrices:
-        if not _fits(x, (rows, columns), w) or x.stride(1) != 1:
+        if not fits(x, (rows, columns), w) or x.stride(1) != 1:
             return False
-    return bias is None or (_fits(bias, (width,), w) and bias.is_contiguous())
+    return bias is None or (fits(bias, (width,), w) and bias.is_contiguous())
 
 
-def _fits(x: Tensor, shape: tuple[int, ...], w: Tensor) -> bool:
+def fits(x: Tensor, shape: tuple[int, ...], w: Tensor) -> bool:
+    """Whether x has this shape, and dtype and device of w."""
     return x.shape == shape and x.dtype is w.dtype and x.device == w.device
 
 
@@ -132,13 +133,32 @@ def _weight_gradient(dy: Tensor, x: Tensor, bias_out: Tensor | None = None, *, o
     return out
 
 
+def _gelu_forward(x: Tensor, w: Tensor, bias: Tensor, y: Tensor, *, out: Tensor) -> Tensor:
+    library().stopgo_projection_gelu_forward(
+        x.shape[0], *w.shape, x.data_ptr(), x.stride(0), *map(pointer, (w, bias, out, y))
+    )
+    return out
+
+
+def _gelu_gradient(dy: Tensor, w: Tensor, bias: Tensor, inner: Tensor, *, out: Tensor) -> Tensor:
+    library().stopgo_projection_gelu_gradient(
+        dy.shape[0], w.shape[1], w.shape[0], dy.data_ptr(), dy.stride(0), *map(pointer, (w, bias, inner, out))
+    )
+    return out
+
+
 NATIVE: dict[str, Callable[..., Tensor]] = {
     "forward": _forward,
     "input_gradient": _input_gradient,
     "added_input_gradient": _added_input_gradient,
     "weight_gradient": _weight_gradient,
+    "gelu_forward": _gelu_forward,
+    "gelu_gradient": _gelu_gradient,
 }
 """By name, so that whoever records a step's products (bench/gemms.py) can look on."""
+
+PLAIN = {"gelu_forward": "forward", "gelu_gradient": "input_gradient"}
+"""The product alone, of those that do more; their first two operands are its."""
 
 
 # oneDNN's AMX products read a transposed left operand at less than half the speed of a plain one.

@@ -16,8 +16,9 @@ from kernels.bias_dropout_residual_layernorm import (
     bias_dropout_residual_layernorm_backward,
     bias_dropout_residual_layernorm_forward,
 )
-from kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.dropout import Dropout
+from kernels.feed_forward import feed_forward_backward as inner_backward
+from kernels.feed_forward import feed_forward_forward as inner_forward
 from kernels.projection import input_gradient, project, weight_gradient
 from kernels.rows import Rows
 
@@ -50,8 +51,7 @@ def feed_forward_forward(
     w: Fields, prefix: str, x: Tensor, rows: Rows, dropout: Dropout | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Saved]]:
     """LayerNorm(dropout(gelu(x U + a) D + b) + x) (spec section 1.4)."""
-    inner = project(x, w[f"{prefix}up"])
-    projected = project(bias_gelu_forward(inner, w[f"{prefix}up_bias"]), w[f"{prefix}down"])
+    projected, inner = inner_forward(x, w[f"{prefix}up"], w[f"{prefix}up_bias"], w[f"{prefix}down"])
     y, saved = bias_dropout_residual_layernorm_forward(
         projected, w[f"{prefix}down_bias"], x, w[f"{prefix}weight"], w[f"{prefix}shift"], rows, dropout
     )
@@ -65,12 +65,10 @@ def feed_forward_backward(w: Fields, g: Fields, prefix: str, saved: tuple[Tensor
     bias_dropout_residual_layernorm_backward(
         normed, dy, dprojected, dx, g[f"{prefix}down_bias"], g[f"{prefix}weight"], g[f"{prefix}shift"]
     )
-    dinner = input_gradient(dprojected, w[f"{prefix}down"])
-    activated = inner  # from here on: the forward's GELU output, computed again in place
-    bias_gelu_backward(dinner, inner, w[f"{prefix}up_bias"], dinner, g[f"{prefix}up_bias"], activated)
-    weight_gradient(dprojected, activated, g[f"{prefix}down"])
-    weight_gradient(dinner, x, g[f"{prefix}up"])
-    return input_gradient(dinner, w[f"{prefix}up"], dx)
+    return inner_backward(
+        dprojected, x, inner, w[f"{prefix}up"], w[f"{prefix}up_bias"], w[f"{prefix}down"], dx,
+        g[f"{prefix}up"], g[f"{prefix}up_bias"], g[f"{prefix}down"],
+    )  # fmt: skip
 
 
 def projection_backward(w: Tensor, gw: Tensor, gb: Tensor, x: Tensor, dy: Tensor, dx: Tensor | None = None) -> Tensor:

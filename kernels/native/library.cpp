@@ -4,7 +4,7 @@
 
 extern "C" {
 
-int32_t stopgo_abi_version() { return 3; }
+int32_t stopgo_abi_version() { return 4; }
 
 const char* stopgo_isa() {
 #if defined(STOPGO_AMX)

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "gelu.h"
 #include "pack.h"
 #include "parallel.h"
 #include "stopgo.h"
@@ -27,6 +28,7 @@ constexpr int64_t kPanel = 64;                      // columns that a task packs
 constexpr int64_t kAhead = 2048;                     // values that are asked for before they are packed
 constexpr int64_t kFewRows = 64;                      // up to so many, weights are read as they lie
 constexpr int64_t kNearBytes = 1 << 20;           // of A, that stay in a core's second cache while panels go by
+constexpr int64_t kPart = 2048;                       // of a depth that is too long to stay there
 
 typedef const BFloat16* Values;
 
@@ -55,16 +57,27 @@ BFloat16* tail_scratch(int64_t depth) {
   return scratch.get<BFloat16>(kTile * depth);
 }
 
-// C [16 kRows][32] float32 = A times a block of B. The tiles take 16 cycles a product, in which the vector units have
-// nothing to do: `chore` is called once for each step of depth.
-template <int kRows, class Chore>
+enum class Sums { kFromZero, kGoOn };
+
+// C [16 kRows][32] float32 = or += A times a block of B. The tiles take 16 cycles a product, in which the vector units
+// have nothing to do: `chore` is called once for each step of depth.
+template <int kRows, Sums kSums = Sums::kFromZero, class Chore>
 inline void multiply(int64_t depth, Values a0, int64_t a0_bytes, Values a1, int64_t a1_bytes, const uint32_t* b,
                      float* c, Chore&& chore) {
+  constexpr int64_t kBytes = 4 * kBlock;
+  float* c1 = c + kTile * kBlock;
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-  _tile_zero(0);
-  _tile_zero(1);
-  if (kRows > 1) _tile_zero(2);
-  if (kRows > 1) _tile_zero(3);
+  if (kSums == Sums::kFromZero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kRows > 1) _tile_zero(2);
+    if (kRows > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, kBytes);
+    _tile_loadd(1, c + kTile, kBytes);
+    if (kRows > 1) _tile_loadd(2, c1, kBytes);
+    if (kRows > 1) _tile_loadd(3, c1 + kTile, kBytes);
+  }
   for (int64_t k = 0; k < depth; k += kDeep, b += kBlockUnits) {
     _tile_loadd(4, a0 + k, a0_bytes);
     _tile_loadd(6, b, 4 * kTile);
@@ -78,8 +91,6 @@ inline void multiply(int64_t depth, Values a0, int64_t a0_bytes, Values a1, int6
     }
     chore();
   }
-  constexpr int64_t kBytes = 4 * kBlock;
-  float* c1 = c + kTile * kBlock;
   _tile_stored(0, c, kBytes);
   _tile_stored(1, c + kTile, kBytes);
   if (kRows > 1) _tile_stored(2, c1, kBytes);
@@ -115,13 +126,14 @@ struct Transposed {
 struct Paired {
   Values b;
   int64_t stride, rows;
+  int64_t ahead = kAhead;
 
   STOPGO_INLINE void pack(const Panel& panel, int64_t piece) const {
     const int64_t r = 2 * piece;
     for (int64_t c = 0; c < panel.columns; c += kBlock) {
       uint32_t* to = panel.block(c) + r / kDeep * kBlockUnits + r % kDeep / 2 * kTile;
       const Values from = b + r * stride + panel.column + c;
-      for (const Values row : {from, from + stride}) ask_for(row + kAhead);
+      for (const Values row : {from, from + stride}) ask_for(row + ahead);
       const Words x = r < rows ? raw_load<Words>(from, Whole{}) : Words{};
       const Words y = r + 1 < rows ? raw_load<Words>(from + stride, Whole{}) : Words{};
       raw_store(to, (x & 0xFFFFu) | (y << 16), Whole{});
@@ -171,9 +183,69 @@ struct Output {
   }
 };
 
-// The transpose of C: 32 columns of sums [32][16 x tiles] become 64 bytes of a row.
-struct TurnedOutput {
+// Two vectors of neighbours' halves: even columns, odd columns.
+struct Halves {
+  Floats even, odd;
+
+  STOPGO_INLINE static Halves of(Words line) {
+    return {bits_as<Floats>(line << 16), bits_as<Floats>(line & 0xFFFF0000u)};
+  }
+  STOPGO_INLINE static Halves at(const BFloat16* from) { return of(raw_load<Words>(from, Whole{})); }
+};
+
+// Bytes of a row as they are.
+struct PlainLine {
   BFloat16* at;
+
+  STOPGO_INLINE void put(int64_t offset, int64_t, Words line) const { raw_store(at + offset, line, Whole{}); }
+};
+
+// Also what a GELU with bias makes of them.
+struct ActivatedLine {
+  BFloat16* at;
+  const BFloat16* bias;
+  BFloat16* activated;
+  const TableGelu& gelu;
+
+  STOPGO_INLINE void put(int64_t offset, int64_t column, Words line) const {
+    raw_store(at + offset, line, Whole{});
+    const Halves x = Halves::of(line), b = Halves::at(bias + column);
+    const __m512i y = Layout<2>::joined(gelu.y(x.even + b.even), gelu.y(x.odd + b.odd));
+    raw_store(activated + offset, bits_as<Words>(y), Whole{});
+  }
+};
+
+// C = A B, and gelu(C + bias) beside it.
+struct ActivatedOutput {
+  ActivatedLine line;
+  int64_t stride;
+
+  STOPGO_INLINE void put(const float* sums, int64_t row, int64_t column) const {
+    line.put(row * stride + column, column, bits_as<Words>(rounded(load(sums), load(sums + kTile))));
+  }
+};
+
+// (A B) gelu'(inner + bias), even columns first; `inner` becomes gelu(inner + bias).
+struct GeluGradientOutput {
+  BFloat16 *at, *inner;
+  const BFloat16* bias;
+  int64_t stride;
+  const TableGelu& gelu;
+
+  STOPGO_INLINE void put(const float* sums, int64_t row, int64_t column) const {
+    BFloat16* place = inner + row * stride + column;
+    const Halves x = Halves::at(place), b = Halves::at(bias + column);
+    const GeluAndSlope even = gelu.both(x.even + b.even), odd = gelu.both(x.odd + b.odd);
+    raw_store(place, bits_as<Words>(Layout<2>::joined(even.y, odd.y)), Whole{});
+    const auto gradient = Layout<2>::joined(load(sums) * even.slope, load(sums + kTile) * odd.slope);
+    raw_store(at + row * stride + column, bits_as<Words>(gradient), Whole{});
+  }
+};
+
+// The transpose of C: 32 columns of sums [32][16 x tiles] become 64 bytes of a row.
+template <class Line>
+struct TurnedOutput {
+  Line line;
   int64_t stride;
   const BFloat16* bias;  // [rows of C] or null
 
@@ -192,7 +264,7 @@ struct TurnedOutput {
       for (int64_t i = 0; i < kTile; i += 4)
         turning::turn_four_columns(pairs + i, kTile, turned + i * kTile, kTile);
       for (int64_t i = 0; i < std::min(kTile, columns - c); ++i)
-        raw_store(at + (column + c + i) * stride + row, raw_load<Words>(turned + i * kTile, Whole{}), Whole{});
+        line.put((column + c + i) * stride + row, row, raw_load<Words>(turned + i * kTile, Whole{}));
     }
   }
 };
@@ -262,11 +334,11 @@ struct Cut {
   }
 };
 
-typedef float Sums2[2][Cut::kRows * kBlock];  // the block that is multiplied, and the one that is rounded
+typedef float SumsTwice[2][Cut::kRows * kBlock];  // the block that is multiplied, and the one that is rounded
 
 // Rows of C in one panel, which is packed.
 template <class Source, class Out>
-void multiply_rows(const LeftRows& left, int64_t first, int64_t last, const Panel& panel, Sums2& sums,
+void multiply_rows(const LeftRows& left, int64_t first, int64_t last, const Panel& panel, SumsTwice& sums,
                    Chores<Source, Out>& chores) {
   const int64_t at_a_time = parts(Cut::kRows, panel.depth / kDeep);
   int64_t turn = 0;
@@ -294,7 +366,7 @@ void product(const Cut& cut, const LeftRows& left, const Transposed& source, con
     const int64_t first = cut.tasks() * thread / threads, last = cut.tasks() * (thread + 1) / threads;
     auto* memory = own_scratch().get<uint32_t>(2 * cut.panel_units);
     const auto panel = [&](int64_t task) { return cut.panel(task % cut.panels, memory + task % 2 * cut.panel_units); };
-    alignas(64) Sums2 sums;
+    alignas(64) SumsTwice sums;
     TileMath::Session session;
     Chores<Transposed, Out> chores(source, out);
     if (first < last) chores.pack(panel(first), 0);
@@ -321,7 +393,7 @@ void product(const Cut& cut, const LeftRows& left, const Paired& source, const O
 #pragma omp parallel
   {
     pack_all(cut, source, packed);
-    alignas(64) Sums2 sums;
+    alignas(64) SumsTwice sums;
     TileMath::Session session;
     Chores<Paired, Out> chores(source, out);
 #pragma omp for schedule(static) nowait
@@ -340,7 +412,7 @@ void wide_product(const Cut& cut, const LeftRows& left, const Paired& source, co
 #pragma omp parallel
   {
     pack_all(cut, source, packed);
-    alignas(64) Sums2 sums;
+    alignas(64) SumsTwice sums;
     TileMath::Session session;
     Chores<Paired, Out> chores(source, out);
     for (int64_t from = 0; from < cut.panels; from += wide) {
@@ -353,9 +425,52 @@ void wide_product(const Cut& cut, const LeftRows& left, const Paired& source, co
   }
 }
 
+// The same over a depth of which a panel would fill the cache: part by part, with the sums of a group of panels kept
+// between parts. A thread has the same rows of C in all of them. Rows are whole blocks.
+template <class Out>
+void deep_product(const Cut& cut, const LeftRows& left, const Paired& source, const Out& out) {
+  const int64_t wide = std::max(kNearBytes / (2 * kPart) / kPanel, int64_t{1});
+  static thread_local Scratch scratch;
+  auto* packed = call_scratch().get<uint32_t>(cut.panels * cut.panel_units);
+  auto* kept = scratch.get<float>(cut.rows * wide * kPanel);
+#pragma omp parallel
+  {
+    pack_all(cut, source, packed);
+    TileMath::Session session;
+    Chores<Paired, Out> chores(source, out);
+    for (int64_t from = 0; from < cut.panels; from += wide) {
+      for (int64_t k = 0; k < cut.depth; k += kPart) {
+        const int64_t part = std::min(kPart, cut.depth - k);
+        const bool last = k + part == cut.depth;
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < cut.rows; r += Cut::kRows) {
+          float* sums = kept + r * wide * kPanel;
+          for (int64_t p = from; p < std::min(cut.panels, from + wide); ++p) {
+            const Panel panel = cut.panel(p, packed + p * cut.panel_units);
+            for (int64_t c = 0; c < panel.columns; c += kBlock, sums += Cut::kRows * kBlock) {
+              const Values a0 = left.tile(r) + k, a1 = left.tile(r + kTile) + k;
+              const int64_t bytes = left.bytes(r);
+              const uint32_t* b = panel.block(c) + k / kDeep * kBlockUnits;
+              if (k == 0)
+                multiply<2>(part, a0, bytes, a1, bytes, b, sums, chores);
+              else
+                multiply<2, Sums::kGoOn>(part, a0, bytes, a1, bytes, b, sums, chores);
+              chores.finish_rows();
+              if (last) chores.round(sums, Cut::kRows, r, panel.column + c, parts(Cut::kRows, part / kDeep));
+            }
+          }
+        }
+        chores.finish_rows();
+      }
+    }
+    finish_streams();
+  }
+}
+
 // y = x W^T with few rows: C = W x^T, so that W is read as it lies.
+template <class Line>
 void forward_few(int64_t rows, int64_t width, int64_t depth, Values x, int64_t x_stride, Values w,
-                 const TurnedOutput& out) {
+                 const TurnedOutput<Line>& out) {
   const int64_t blocks = parts(rows, kBlock), whole = rows / kBlock, block_units = kBlock / 2 * depth;
   auto* memory = call_scratch().get<uint32_t>((blocks + 1) * block_units);
   auto* last = reinterpret_cast<BFloat16*>(memory + blocks * block_units);  // rows, zeros where there are none
@@ -399,7 +514,7 @@ void turn(int64_t rows, int64_t depth, int64_t columns, Values x, int64_t stride
     alignas(64) uint32_t units[kBlockUnits];
     Floats even{}, odds{};
     for (int64_t r = 0; r < depth; r += kDeep) {
-      const Paired source = {x + r * stride, stride, std::min(kDeep, rows - r)};
+      const Paired source = {x + r * stride, stride, std::min(kDeep, rows - r), kDeep * stride};
       for (int64_t i = 0; i < kDeep / 2; ++i) source.pack({c, kBlock, kDeep, units}, i);
       for (int64_t odd = 0; odd < 2; ++odd)
         for (int64_t i = 0; i < kTile; i += 4) {
@@ -425,10 +540,31 @@ extern "C" void stopgo_projection_forward(int64_t rows, int64_t width, int64_t d
                                           const void* w, const void* bias, void* y, int64_t y_stride) {
   const auto *from = static_cast<Values>(x), *weight = static_cast<Values>(w), *shift = static_cast<Values>(bias);
   auto* to = static_cast<BFloat16*>(y);
-  if (rows <= kFewRows) return forward_few(rows, width, depth, from, x_stride, weight, {to, y_stride, shift});
+  if (rows <= kFewRows)
+    return forward_few(rows, width, depth, from, x_stride, weight, TurnedOutput<PlainLine>{{to}, y_stride, shift});
   const LeftRows left(from, x_stride, rows, depth, tail_scratch(depth));
   product({rows, width, depth}, left, Transposed{weight, depth},
           Output<Order::kPlain>{to, y_stride, shift, false, false});
+}
+
+extern "C" void stopgo_projection_gelu_forward(int64_t rows, int64_t width, int64_t depth, const void* x,
+                                               int64_t x_stride, const void* w, const void* bias, void* inner, void* y) {
+  const auto *from = static_cast<Values>(x), *weight = static_cast<Values>(w);
+  const ActivatedLine line = {static_cast<BFloat16*>(inner), static_cast<Values>(bias), static_cast<BFloat16*>(y),
+                              gelu_for(BFloat16{})};
+  if (rows <= kFewRows)
+    return forward_few(rows, width, depth, from, x_stride, weight, TurnedOutput<ActivatedLine>{line, width, nullptr});
+  product({rows, width, depth}, LeftRows(from, x_stride, rows, depth, tail_scratch(depth)), Transposed{weight, depth},
+          ActivatedOutput{line, width});
+}
+
+extern "C" void stopgo_projection_gelu_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy,
+                                                int64_t dy_stride, const void* w, const void* bias, void* inner,
+                                                void* dinner) {
+  const LeftRows left(static_cast<Values>(dy), dy_stride, rows, depth, tail_scratch(depth));
+  product({rows, width, depth}, left, Paired{static_cast<Values>(w), width, depth},
+          GeluGradientOutput{static_cast<BFloat16*>(dinner), static_cast<BFloat16*>(inner), static_cast<Values>(bias),
+                             width, gelu_for(BFloat16{})});
 }
 
 extern "C" void stopgo_projection_input_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy,
@@ -449,9 +585,14 @@ extern "C" void stopgo_projection_weight_gradient(int64_t rows, int64_t width, i
   turn(rows, steps, width, static_cast<Values>(dy), dy_stride, turned, stride,
        static_cast<BFloat16*>(dbias));
   const bool streaming = reinterpret_cast<uintptr_t>(dw) % 64 == 0;  // past the caches: the optimizer reads it much later
-  wide_product({width, depth, steps}, LeftRows(turned, stride, width, steps, nullptr),
-               Paired{static_cast<Values>(x), x_stride, rows},
-               Output<Order::kEvenFirst>{static_cast<BFloat16*>(dw), depth, nullptr, false, streaming});
+  const Cut cut = {width, depth, steps};
+  const LeftRows left(turned, stride, width, steps, nullptr);
+  const Paired source = {static_cast<Values>(x), x_stride, rows};
+  const Output<Order::kEvenFirst> out = {static_cast<BFloat16*>(dw), depth, nullptr, false, streaming};
+  if (steps > 3 * kPart / 2)
+    deep_product(cut, left, source, out);
+  else
+    wide_product(cut, left, source, out);
 }
 
 #endif

@@ -103,6 +103,12 @@ void stopgo_projection_forward(int64_t rows, int64_t width, int64_t depth, const
 // dx [rows, width] = dy W, or dx += dy W with `add`; dy [rows, depth], W [depth, width].
 void stopgo_projection_input_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
                                       const void* w, void* dx, int64_t dx_stride, int32_t add);
+// inner [rows, width] = x W^T and y = gelu(inner + bias), the activation computed while the tiles multiply.
+void stopgo_projection_gelu_forward(int64_t rows, int64_t width, int64_t depth, const void* x, int64_t x_stride,
+                                    const void* w, const void* bias, void* inner, void* y);
+// dinner [rows, width] = (dy W) gelu'(inner + bias), and inner becomes gelu(inner + bias); dy [rows, depth], W [depth, width].
+void stopgo_projection_gelu_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
+                                     const void* w, const void* bias, void* inner, void* dinner);
 // dw [width, depth] = dy^T x, and dbias (null or [width]) the column sums of dy; dy [rows, width], x [rows, depth].
 void stopgo_projection_weight_gradient(int64_t rows, int64_t width, int64_t depth, const void* dy, int64_t dy_stride,
                                        const void* x, int64_t x_stride, void* dw, void* dbias);

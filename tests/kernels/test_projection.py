@@ -17,8 +17,8 @@ from kernels.projection import input_gradient, linear, project, weight_gradient
 from tests.kernels.backends import bits_of
 from tests.kernels.oracle import DEVICE, normal
 
-ROWS = [1, 2, 7, 16, 31, 32, 33, 63, 64, 65, 97, 101, 256, 306, 1100]
-"""Few and many, primes, both sides of tiles and blocks, more than one chunk of rows."""
+ROWS = [1, 2, 7, 16, 31, 32, 33, 63, 64, 65, 97, 101, 256, 306, 1100, 4099]
+"""Few and many, primes, both sides of tiles and blocks, more than one chunk of rows, a depth of dW in several parts."""
 
 WIDTHS = [(32, 32), (96, 64), (160, 1024), (768, 96), (64, 3072)]
 """(width, depth): panels that end early among them."""
@@ -92,7 +92,7 @@ def test_products_against_float64(product: Product, width: int, depth: int) -> N
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
-@pytest.mark.parametrize("rows", [5, 70, 404])
+@pytest.mark.parametrize("rows", [5, 70, 404, 4099])
 def test_the_same_bits_on_any_number_of_threads(product: Product, rows: int) -> None:
     if not AMX:
         pytest.skip("torch's products promise no order of their sums")

@@ -70,7 +70,7 @@ void convert_both_ways(int32_t dtype) {
 }  // namespace
 
 TEST(version_and_instruction_set) {
-  expect(stopgo_abi_version() == 3, "another version of the interface");
+  expect(stopgo_abi_version() == 4, "another version of the interface");
   expect(std::strlen(stopgo_isa()) > 0, "no name");
 }
 

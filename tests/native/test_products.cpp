@@ -86,7 +86,7 @@ TEST(projection_input_gradient) {
 
 TEST(projection_weight_gradient) {
   Random random(23);
-  for_shapes([&](const Shape& s) {
+  const auto check = [&](const Shape& s) {
     const int64_t dy_stride = s.width + s.gap, x_stride = s.depth + s.gap;
     const Values dy = matrix(random, s.rows, s.width, s.gap), x = matrix(random, s.rows, s.depth, s.gap);
     std::vector<double> truth;
@@ -104,6 +104,43 @@ TEST(projection_weight_gradient) {
       expect_product("dw", dw, truth, s.width, s.depth, s.depth);
     }
     expect_close("dbias", dbias, sums, 64);
+  };
+  for_shapes(check);
+  where = "4099 rows, in parts";
+  check({4099, 64, 320, 6});
+}
+
+TEST(projection_with_gelu) {
+  Random random(24);
+  for_shapes([&](const Shape& s) {
+    const int64_t stride = s.depth + s.gap;
+    const Values x = matrix(random, s.rows, s.depth, s.gap), w = random.values(kBFloat16, s.width * s.depth);
+    const Values bias = random.values(kBFloat16, s.width);
+    Values inner(kBFloat16, s.rows * s.width), y = inner, alone = inner, activated = inner;
+    stopgo_projection_gelu_forward(s.rows, s.width, s.depth, x.data(), stride, w.data(), bias.data(), inner.data(), y.data());
+    stopgo_projection_forward(s.rows, s.width, s.depth, x.data(), stride, w.data(), nullptr, alone.data(), s.width);
+    stopgo_bias_gelu_forward(kBFloat16, s.rows, s.width, alone.data(), bias.data(), activated.data());
+    expect(inner == alone, "the projection is another one");
+    expect(y == activated, "the activation is another one");
+
+    Values turned(kBFloat16, s.width * s.depth), dinner = alone;
+    for (int64_t n = 0; n < s.width; ++n)
+      for (int64_t k = 0; k < s.depth; ++k) turned.set(k * s.width + n, w[n * s.depth + k]);
+    stopgo_projection_gelu_gradient(s.rows, s.width, s.depth, x.data(), stride, turned.data(), bias.data(), inner.data(),
+                                    dinner.data());
+    expect(inner == activated, "backward makes another activation");
+    std::vector<double> truth;
+    double largest = 0;
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t n = 0; n < s.width; ++n) {
+        const double dy = dot(s.depth, [&](int64_t k) { return x[r * stride + k]; },
+                              [&](int64_t k) { return w[n * s.depth + k]; });
+        const double z = alone[r * s.width + n] + bias[n];
+        const double slope = 0.5 * std::erfc(-z / std::sqrt(2.0)) + z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI);
+        truth.push_back(dy * slope);
+        largest = std::max(largest, std::fabs(dy));
+      }
+    expect_close("dinner", dinner, truth, 2, 3e-5 * largest);
   });
 }
 
