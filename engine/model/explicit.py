@@ -54,8 +54,7 @@ class _Explicit(torch.autograd.Function):
         saved, ctx.saved = ctx.saved, None
         if saved is None:
             raise RuntimeError("backward through a block twice: what it had kept was used up the first time")
-        matrices, vectors = ctx.block.lend_gradients()
-        g = ctx.block.fields_of(matrices, vectors)
+        matrices, vectors, g = ctx.block.lend_gradients()
         # Gradients of row 0 alone, say, may come as views of something wider.
         of_inputs = ctx.through.backward(ctx.block.values(), g, saved, *(x.contiguous() for x in gradients))
         return None, None, matrices, vectors, *of_inputs

@@ -54,6 +54,10 @@ class GradientMemory:
         self._lent = True
         return self._memory.view(self._memory.shape)
 
+    def is_at(self, x: Tensor) -> bool:
+        """Whether x lies in this memory."""
+        return self._memory is not None and self._memory.data_ptr() == x.data_ptr()
+
     def give_back(self) -> None:
         """The gradient has been used up."""
         self._lent = False
@@ -84,6 +88,7 @@ class FlatBlock(nn.Module):
         self.vectors, self._vector_fields, self.vector_parts = _allocate(vectors)
         self._memory = (GradientMemory(), GradientMemory())
         self._values: tuple[tuple[int, int], dict[str, Tensor]] | None = None
+        self._gradients: tuple[tuple[int, int], dict[str, Tensor]] | None = None
 
     def fields(self) -> dict[str, Tensor]:
         """Every field as a view of its flat parameter; one `split` each, whose backward is one concatenation."""
@@ -100,9 +105,15 @@ class FlatBlock(nn.Module):
         """Every field of two flat tensors in this block's layout (gradients, say), as views."""
         return _views(matrices, self._matrix_fields) | _views(vectors, self._vector_fields)
 
-    def lend_gradients(self) -> tuple[Tensor, Tensor]:
-        """Memory for the gradients of `matrices` and `vectors`, to be written whole."""
-        return self._memory[0].lend(self.matrices), self._memory[1].lend(self.vectors)
+    def lend_gradients(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Memory for the gradients of `matrices` and `vectors`, to be written whole, and its fields."""
+        matrices, vectors = self._memory[0].lend(self.matrices), self._memory[1].lend(self.vectors)
+        if not (self._memory[0].is_at(matrices) and self._memory[1].is_at(vectors)):
+            return matrices, vectors, self.fields_of(matrices, vectors)
+        where = (matrices.data_ptr(), vectors.data_ptr())
+        if self._gradients is None or self._gradients[0] != where:
+            self._gradients = where, self.fields_of(matrices, vectors)
+        return matrices, vectors, self._gradients[1]
 
     def drop_gradients(self) -> None:
         """Forget both gradients, after they were used."""
