@@ -188,6 +188,7 @@ class RunConfig(_Section):
     kernels: dict[str, str] = Field(
         {},
         description="backend (triton, native, torch) of single ops, or one name for all; "
+        "adamw also deepspeed or apex, bias_dropout_residual_layernorm apex; "
         "what is not named: triton on CUDA, native on the CPU, torch where those cannot be had (stopgo doctor shows them)",
     )
     cuda_graphs: bool = Field(

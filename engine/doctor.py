@@ -19,8 +19,8 @@ from kernels import backends, native_library
 from pipelines.errors import BadInput
 
 _OPTIONAL = {
-    "apex": "NVIDIA's fused LayerNorm, a peer of bench.kernels; from source",
-    "deepspeed": "the launcher, ZeRO and its CPU Adam: make setup-gpu",
+    "apex": "its LayerNorm and Adam by name (kernels: {adamw: apex}), peers of bench.kernels; from source",
+    "deepspeed": "the launcher, ZeRO, its Adam by name (kernels: {adamw: deepspeed}): make setup-gpu",
     "flash_attn": "a peer of bench.kernels on GPUs",
     "liger_kernel": "a peer of bench.kernels on GPUs",
 }

@@ -61,8 +61,17 @@ class Counters:
     padded_rows: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        share = self.padded_rows / self.rows if self.rows else 0.0
-        return asdict(self) | {"padded_row_share": share}
+        return asdict(self) | {"padded_row_share": self.padded_row_share}
+
+    @property
+    def padded_row_share(self) -> float:
+        return self.padded_rows / self.rows if self.rows else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"CUDA graphs: {self.replays} steps replayed, {self.captures} recorded, {self.eager} run as usual, "
+            f"{self.dropped} graphs let go; {100 * self.padded_row_share:.1f} % of rows were padding"
+        )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ EVENTS = {
     "decision": "task, state: go or stop from the next iteration on",
     "phase": "tasks: those of the next phase of the curriculum",
     "checkpoint": "path",
+    "graphs": "eager, captures, replays, dropped, rows, padded_rows, padded_row_share: of CUDA graphs, since the process began",
     "signal": "name: why the run ends early",
     "result": "task, score (last), best, majority, blind: final scores and baselines, null where not measured",
     "end": "reason: done, signal or error",

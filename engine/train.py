@@ -147,7 +147,11 @@ def _train(parts: Parts, folder: Path, journal: Journal, console: Console, curso
     console.start(parts.config.max_iterations, rows, cursor.iteration)
     try:
         with _StopSignals() as stop:
-            done = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked).run()
+            loop = Loop(parts, cursor, folder / "checkpoints", reporter, stop.asked)
+            done = loop.run()
+        if loop.graphs is not None:
+            journal.event("graphs", cursor.iteration, **loop.graphs.counters.as_json())
+            console.message(str(loop.graphs.counters))
         if done:
             return _finish(reporter, folder, cursor, console)
     except BaseException:

@@ -9,8 +9,9 @@ are float32 [n]; the weights, where they are not the master itself, are θ round
 # mypy: allow-untyped-defs, no-check-untyped-defs
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from kernels.backends import choose
+from kernels import adamw_others
+from kernels.backends import by_rule, choose
 from kernels.native_library import dtype_code, library, pointer
 from kernels.row_slices import variant_of
 from kernels.variants import Variant
@@ -119,7 +121,19 @@ def _adamw_plain(state: _State, rule: _Rule) -> None:
     )  # fmt: skip
 
 
-_ADAMW = {"triton": _adamw_triton, "native": _adamw_native, "torch": _adamw_plain}
+def _adamw_of(name: str, state: _State, rule: _Rule) -> None:
+    lr, decay = decay_first(rule.lr, rule.weight_decay)
+    adamw_others.step(
+        name, *state, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=decay
+    )  # fmt: skip
+
+
+_ADAMW: dict[str, Callable[[_State, _Rule], None]] = {
+    "triton": _adamw_triton,
+    "native": _adamw_native,
+    "torch": _adamw_plain,
+    **{name: partial(_adamw_of, name) for name in adamw_others.OTHERS},
+}
 
 
 def adamw(
@@ -163,7 +177,10 @@ def _check(state: _State) -> None:
 
 def square_sum(gradient: Tensor) -> Tensor:
     """float32 [] on gradient's device: the sum of its squares, in an order that does not depend on device or threads."""
-    return _SQUARE_SUM[choose("adamw", gradient)](gradient.contiguous())
+    backend = choose("adamw", gradient)
+    if backend in adamw_others.OTHERS:  # which have none, or one that waits for the device
+        backend = by_rule("adamw", gradient)
+    return _SQUARE_SUM[backend](gradient.contiguous())
 
 
 def _square_sum_triton(gradient: Tensor) -> Tensor:
@@ -196,19 +213,24 @@ def adamw_torch(
     weight_decay: float,
     skipped: Tensor,
 ) -> None:
-    """The plain reference: torch's fused AdamW, which decays before the step, under other numbers.
-
-    With the step counter pinned where both bias corrections are exactly 1, lr' = lr (1 − lr λ) and λ' = lr λ / lr' give the
-    published update.
+    """The plain reference: torch's fused AdamW under the numbers of `decay_first`, its step counter pinned where both bias
+    corrections are exactly 1.
     """
-    decayed = lr * (1 - lr * weight_decay)
+    decayed, decay = decay_first(lr, weight_decay)
     torch_adamw(
         [master], [gradient.to(master.dtype)], [exp_avg], [exp_avg_sq], [], [_late(master.device)],
         fused=True, found_inf=(skipped.reshape(()) != 0).float(), amsgrad=False, beta1=betas[0], beta2=betas[1], lr=decayed,
-        weight_decay=lr * weight_decay / decayed if decayed else 0.0, eps=eps, maximize=False,
+        weight_decay=decay, eps=eps, maximize=False,
     )  # fmt: skip
     if weights is not None:
         weights.copy_(torch.where(skipped == 0, master.to(weights.dtype), weights))
+
+
+def decay_first(lr: float, weight_decay: float) -> tuple[float, float]:
+    """(lr', λ') under which a rule that decays before its step, or beside it, gives the published one, which decays after:
+    lr' = lr (1 − lr λ) and lr' λ' = lr λ."""
+    decayed = lr * (1 - lr * weight_decay)
+    return decayed, lr * weight_decay / decayed if decayed else 0.0
 
 
 @cache

@@ -5,8 +5,9 @@
     float64, or neither of the above  torch
 
 An override (`use`, the configuration's `kernels`, or `STOPGO_KERNELS=native` / `STOPGO_KERNELS=attention=torch,adamw=native`)
-is obeyed or refused with a reason, never replaced. Triton runs on CPU tensors under its interpreter (`TRITON_INTERPRET=1`),
-when asked for by name: that is for tests, it is thousands of times slower.
+is obeyed or refused with a reason, never replaced. Other projects' ops (`names.OTHERS`) are taken in no other way. Triton runs
+on CPU tensors under its interpreter (`TRITON_INTERPRET=1`), when asked for by name: that is for tests, it is thousands of
+times slower.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,10 @@ from kernels import native_library
 from kernels.names import CHOICES, PROJECTION, check, parse
 
 ENVIRONMENT = "STOPGO_KERNELS"
+
+
+_MODULES = {"apex": "apex.optimizers", "deepspeed": "deepspeed"}
+_INSTALL = {"apex": "NVIDIA's, from source: the apex of PyPI is another one", "deepspeed": "make setup-gpu"}
 
 
 class UnusableBackend(ValueError):
@@ -80,11 +86,20 @@ def choose(op: str, x: Tensor) -> str:
     return backend
 
 
+def by_rule(op: str, x: Tensor) -> str:
+    """What `choose` would say without an override."""
+    return _rule(op, x.dtype, x.device)
+
+
 def _decide(op: str, dtype: torch.dtype, device: torch.device) -> str:
     forced = _overrides.get(op)
-    if forced is not None:
-        _refuse_unusable(op, forced, device)
-        return forced if dtype is not torch.float64 else "torch"
+    if forced is None:
+        return _rule(op, dtype, device)
+    _refuse_unusable(op, forced, device)
+    return forced if dtype is not torch.float64 else "torch"
+
+
+def _rule(op: str, dtype: torch.dtype, device: torch.device) -> str:
     if dtype is torch.float64:
         return "torch"
     if device.type == "cuda":
@@ -112,10 +127,22 @@ def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
         raise UnusableBackend(
             f"{op}: the native one needs a CPU with AMX; this library is {native_library.isa()} (use torch)"
         )
+    if backend in _MODULES and not _installed(_MODULES[backend]):
+        raise UnusableBackend(f"{op}: {backend} is not installed ({_INSTALL[backend]}; or use native, triton or torch)")
+    if backend == "apex" and device.type != "cuda":
+        raise UnusableBackend(f"{op}: apex needs a CUDA device, not {device} (use native or torch)")
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise UnusableBackend(
             f"{op}: Triton needs a CUDA device, not {device} (use native or torch; for tests set TRITON_INTERPRET=1)"
         )
+
+
+def _installed(module: str) -> bool:
+    """The package of that name, and not another one that has taken the name."""
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _has_native(op: str) -> bool:

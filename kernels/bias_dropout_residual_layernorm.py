@@ -10,7 +10,9 @@ whatever the dtype. Forward keeps mean and 1 / σ of every row; backward compute
 # mypy: allow-untyped-defs, no-check-untyped-defs
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -258,16 +260,17 @@ def _backward_native(
     )  # fmt: skip
 
 
-def _forward_torch(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, rows: Rows, dropout: Dropout | None
-) -> tuple[Tensor, Saved]:
-    recorded = Recorded(
-        partial(bias_dropout_residual_layernorm_torch, rows=rows, dropout=dropout), x, bias, residual, weight, shift
-    )
-    return recorded.outputs[0], Saved("torch", (recorded,))
+def _forward_recorded(
+    backend: str, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, rows: Rows,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Saved]:  # fmt: skip
+    """torch's ops, or torch's with another project's LayerNorm."""
+    function = partial(_WITH_AUTOGRAD[backend], rows=rows, dropout=dropout)
+    recorded = Recorded(function, x, bias, residual, weight, shift)
+    return recorded.outputs[0], Saved(backend, (recorded,))
 
 
-def _backward_torch(
+def _backward_recorded(
     saved: Saved, dy: Tensor, dx: Tensor, dresidual: Tensor, dbias: Tensor, dweight: Tensor, dshift: Tensor
 ) -> None:
     gradients = saved.values[0].backward(dy)
@@ -280,8 +283,18 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_FORWARD = {"triton": _forward_triton, "native": _forward_native, "torch": _forward_torch}
-_BACKWARD = {"triton": _backward_triton, "native": _backward_native, "torch": _backward_torch}
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Saved]]] = {
+    "triton": _forward_triton,
+    "native": _forward_native,
+    "torch": partial(_forward_recorded, "torch"),
+    "apex": partial(_forward_recorded, "apex"),
+}
+_BACKWARD: dict[str, Callable[..., None]] = {
+    "triton": _backward_triton,
+    "native": _backward_native,
+    "torch": _backward_recorded,
+    "apex": _backward_recorded,
+}
 
 
 def bias_dropout_residual_layernorm_forward(
@@ -322,8 +335,9 @@ def bias_dropout_residual_layernorm(
 ) -> Tensor:
     """[rows, width]: x and residual [rows, width]; bias, weight and shift [width]; mean and variance in float32."""
     inputs = x, bias, residual, weight, shift
-    if choose(OP, x) == "torch":
-        return bias_dropout_residual_layernorm_torch(*inputs, rows, dropout)
+    backend = choose(OP, x)
+    if backend in _WITH_AUTOGRAD:
+        return _WITH_AUTOGRAD[backend](*inputs, rows, dropout)
     y: Tensor = _Function.apply(*(part.contiguous() for part in inputs), rows, dropout)
     return y
 
@@ -332,10 +346,26 @@ def bias_dropout_residual_layernorm_torch(
     x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, rows: Rows, dropout: Dropout | None = None
 ) -> Tensor:
     """The plain reference."""
+    z = _sum_torch(x, bias, residual, rows, dropout)
+    return F.layer_norm(z, weight.shape, weight, shift, LAYER_NORM_EPS)
+
+
+def _sum_torch(x: Tensor, bias: Tensor, residual: Tensor, rows: Rows, dropout: Dropout | None) -> Tensor:
     x = x + bias
     if dropout is not None:
         x = drop_torch(x, dropout, rows.row_key, rows.row_index)
-    return F.layer_norm(x + residual, weight.shape, weight, shift, LAYER_NORM_EPS)
+    return x + residual
+
+
+def _with_apex(
+    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, rows: Rows, dropout: Dropout | None = None
+) -> Tensor:
+    """The same with apex's fused LayerNorm."""
+    layer_norm = import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
+    return layer_norm(_sum_torch(x, bias, residual, rows, dropout), weight, shift, weight.shape, LAYER_NORM_EPS)
+
+
+_WITH_AUTOGRAD: dict[str, Callable[..., Tensor]] = {"torch": bias_dropout_residual_layernorm_torch, "apex": _with_apex}
 
 
 def variants() -> list[Variant]:

@@ -18,6 +18,8 @@ OPS = (
     "adamw",
 )
 """Ops with an implementation of each kind."""
+OTHERS = {"adamw": ("deepspeed", "apex"), "bias_dropout_residual_layernorm": ("apex",)}
+"""What other projects have of an op, taken where it is asked for by name, and only then."""
 PROJECTION = "projection"
 """Matrix products: a choice like an op's, but cuBLAS's and oneDNN's business, and ours on some CPUs only. Triton has no part in
 them; a name for all ops at once leaves them to the rule, unless it is torch."""
@@ -40,8 +42,9 @@ def check(overrides: Mapping[str, str]) -> dict[str, str]:
     for op, backend in overrides.items():
         if op not in CHOICES:
             raise ValueError(f"no kernel op is called {op!r} (there are {', '.join(CHOICES)})")
-        if backend not in BACKENDS:
-            raise ValueError(f"{op}: no backend is called {backend!r} (there are {', '.join(BACKENDS)})")
+        there_are = (*BACKENDS, *OTHERS.get(op, ()))
+        if backend not in there_are:
+            raise ValueError(f"{op}: no backend is called {backend!r} (there are {', '.join(there_are)})")
         if backend == "triton" and op == PROJECTION:
             raise ValueError(f"{op} has no triton backend (use torch: on a GPU that is cuBLAS)")
     return dict(overrides)

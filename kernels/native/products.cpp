@@ -318,8 +318,8 @@ struct Cut {
 
   int64_t rows, columns, depth;
   int64_t panels = parts(columns, kPanel);
-  int64_t chunks = parts(rows, std::max(kNearBytes / (2 * depth), 4 * kRows));
-  int64_t chunk = round_up(parts(rows, chunks), kRows);
+  int64_t chunk = round_up(parts(rows, parts(rows, std::max(kNearBytes / (2 * depth), 4 * kRows))), kRows);
+  int64_t chunks = parts(rows, chunk);  // after rounding up, so that none is empty
   int64_t panel_units = kPanel / 2 * depth;
 
   int64_t tasks() const { return chunks * panels; }

@@ -90,6 +90,9 @@ def test_training_with_graphs_is_training_without(tmp_path: Path, where: tuple[s
     assert counters.eager == counters.captures == len(buckets)
     assert counters.replays == 4 * len(eager.parts.tasks) - len(buckets)
     assert counters.dropped == 0
+    told = str(counters)
+    assert f"{counters.replays} steps replayed, {counters.captures} recorded" in told
+    assert f"{100 * counters.padded_rows / counters.rows:.1f} % of rows were padding" in told
 
 
 def test_masks_change_between_replays_and_only_with_the_step(tmp_path: Path) -> None:

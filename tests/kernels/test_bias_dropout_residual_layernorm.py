@@ -29,6 +29,8 @@ SHAPES = [
     ([65], 96),
     ([7], 768),
     ([2], 1024),
+    ([256], 24),
+    ([306, 1], 64),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

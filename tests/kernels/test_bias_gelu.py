@@ -33,7 +33,9 @@ def gradients(rows: int, width: int, dtype: torch.dtype, in_place: bool = False)
     return [y, dx, dbias, again]
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 3072), (2, 7), (63, 64), (65, 63), (101, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 1), (1, 3072), (2, 7), (63, 64), (65, 63), (101, 1024), (256, 24), (306, 64)]
+)
 def test_against_the_oracle(rows: int, width: int) -> None:
     check(bias_gelu, bias_gelu_torch, oracle, {"x": 3 * normal(rows, width), "bias": normal(width)})
 

@@ -27,6 +27,7 @@ SHAPES = [
     ([64, 33], [101, 40]),
     ([101, 3], [31, 37]),
     ([5, 5], [37, 37]),
+    ([256, 1], [306, 2]),
 ]
 """Either side short, or both, or neither; one length, and many."""
 DROPOUTS: list[Dropouts] = [

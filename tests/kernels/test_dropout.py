@@ -138,7 +138,7 @@ def test_drop_scales_what_it_keeps_by_the_rate_as_drawn(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [1, 5, 64, 96, 768, 1024])
-@pytest.mark.parametrize("rows", [1, 2, 7, 65, 101])
+@pytest.mark.parametrize("rows", [1, 2, 7, 65, 101, 256, 306])
 def test_drop_and_its_gradient_are_torch_s_to_the_bit(rows: int, width: int, dtype: torch.dtype, backend: str) -> None:
     """One product, rounded once: there is nothing to be inexact about."""
     row_key, row_index = keys(rows, seed=width)

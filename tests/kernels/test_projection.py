@@ -100,6 +100,16 @@ def test_the_same_bits_on_any_number_of_threads(product: Product, rows: int) -> 
     bits_of(lambda: [product(*x)])
 
 
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
+def test_any_cut_of_rows_has_rows(product: Product) -> None:
+    """1,290 rows of 3,072 are eight chunks of 162; rounded up to whole tiles, seven are enough."""
+    for rows in (1290, *range(129, 2600, 223)):
+        x = operands(rows, 64, 3072)
+        ours = product(*x)
+        with using({"projection": "torch"}):
+            torch.testing.assert_close(ours, product(*x), rtol=2**-6, atol=2**-6 * float(ours.abs().max()))
+
+
 def test_what_is_no_multiple_of_the_tiles_is_torchs() -> None:
     """An answer head is 3,129 wide; a batch may be empty; float32 is not rounded to bfloat16."""
     x, w, bias, _ = operands(5, 33, 64)

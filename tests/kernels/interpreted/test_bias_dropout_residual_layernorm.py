@@ -33,7 +33,15 @@ __all__ = [
     "test_the_mask_is_that_of_the_definition",
     "test_what_does_not_fit_is_refused",
 ]
-SHAPES = [([30, 35], 5, 1), ([2], 1024, 1), ([7], 768, 1), ([1, 64], 64, 0), ([101], 96, 1)]
+SHAPES = [
+    ([30, 35], 5, 1),
+    ([2], 1024, 1),
+    ([7], 768, 1),
+    ([1, 64], 64, 0),
+    ([101], 96, 1),
+    ([256], 24, 1),
+    ([306, 1], 5, 0),
+]
 """Lengths, width, which of DROPOUTS."""
 
 

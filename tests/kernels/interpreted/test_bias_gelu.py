@@ -36,7 +36,9 @@ def backend() -> Iterator[str]:
     yield from forced("triton")
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 768), (65, 5), (7, 96), (65, 64), (101, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 1), (1, 768), (65, 5), (7, 96), (65, 64), (101, 1024), (256, 24), (306, 5)]
+)
 def test_against_the_oracle(rows: int, width: int) -> None:
     check(bias_gelu, bias_gelu_torch, oracle, {"x": 3 * normal(rows, width), "bias": normal(width)})
 

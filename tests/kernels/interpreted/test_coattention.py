@@ -59,7 +59,7 @@ def test_against_the_oracle(dropouts: Dropouts) -> None:
 
 @pytest.mark.parametrize(
     ("texts", "images"),
-    [([11, 31], [101, 40]), ([63], [65]), ([101], [31]), ([40, 1], [37, 64]), ([65], [66])],
+    [([11, 31], [101, 40]), ([63], [65]), ([101], [31]), ([40, 1], [37, 64]), ([65], [66]), ([256], [7]), ([5], [306])],
     ids=str,
 )
 def test_either_side_short_or_long(monkeypatch: pytest.MonkeyPatch, texts: list[int], images: list[int]) -> None:

@@ -55,7 +55,7 @@ def test_philox_gives_the_known_answers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 5), (2, 1024), (7, 768), (65, 64), (101, 96)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (2, 1024), (7, 768), (65, 64), (101, 96), (256, 24), (306, 5)])
 def test_drop_and_its_gradient_are_torch_s_to_the_bit(rows: int, width: int, dtype: torch.dtype) -> None:
     row_key, row_index = keys(rows, seed=width)
     dropout = Dropout(0.3, 2**32 - 1, 2**31 + 5, 2**30)
