@@ -2,7 +2,8 @@
 
 A step frees its activations and asks for the same sizes again. glibc hands large blocks back to the system, and the kernel
 then gives 30,000 to 350,000 zeroed pages a step: 5 to 11 % of forward and backward at 16 samples (bench/LOG.md). What is kept
-is no more than the largest step needed, and another request of this process may have it.
+is about what the largest step needed, and another request of this process may have it. It takes some steps to settle: small
+blocks move into the first holes, and a large request then finds them too small.
 """
 
 from __future__ import annotations
