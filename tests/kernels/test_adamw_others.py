@@ -95,14 +95,16 @@ def test_apex_normalises(apex: None) -> None:
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (make setup-gpu)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deepspeed_steps_by_the_published_rule(dtype: torch.dtype) -> None:
-    """Its fused CPU optimizer, which it compiles when it is first asked for."""
+    """Its fused CPU optimizer, which it compiles when it is first asked for. It takes 1 − β₂ from float32 values, which puts
+    second moments off by 12 roundings."""
     state, exact = State.of(1000, dtype), State.of(1000, dtype)
     for turn in range(3):
         gradient = normal(1000, seed=turn).to(dtype)
         exact = State._make([*formula(gradient, exact, RULE), None])
         with using({"adamw": "deepspeed"}):
             adamw(gradient, *state, **RULE, skipped=GO)
-    assert all(closeness(found, right) < 8 for found, right in zip(state[:3], exact[:3], strict=True))
+    limits = (8, 8, 20)
+    assert all(closeness(x, right) < most for x, right, most in zip(state[:3], exact[:3], limits, strict=True))
     assert state.weights is None or torch.equal(state.weights, state.master.to(dtype))
 
 
