@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ TRAJECTORY = 1e-4
 SHARING = 2e-6
 BFLOAT16_SHARE = 0.05
 """bfloat16: largest error of the logits over their largest value."""
+SLOW = 5.0
+"""Seconds that a row may take without a word."""
 
 
 @dataclass
@@ -55,6 +58,10 @@ class Row:
     name: str
     differences: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        return "past the tolerance" if self.failures else "ok"
 
     def compare(self, column: str, what: str, ours: Tensor, theirs: Tensor, absolute: float, relative: float) -> None:
         """Record |ours − theirs|; a value fails when it is past both tolerances (relative to its own size)."""
@@ -78,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--failures", type=int, default=8, help="differences to list past the tolerance")
     arguments = parser.parse_args(argv)
     try:
-        rows = list(verify(arguments.golden, getattr(torch, arguments.dtype)))
+        rows = list(_told_when_slow(verify(arguments.golden, getattr(torch, arguments.dtype))))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,6 +95,16 @@ def main(argv: list[str] | None = None) -> int:
         print(failure)
     print(f"{len(failures)} values past the tolerance" if failures else "all within the tolerance")
     return 1 if failures else 0
+
+
+def _told_when_slow(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows; of one that took long, a line on stderr (kernels may be forced that run in an interpreter)."""
+    started = time.perf_counter()
+    for row in rows:
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        if seconds > SLOW:
+            print(f"{row.name}: {row.verdict}, {seconds:.0f} s", file=sys.stderr)
+        yield row
 
 
 def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
@@ -258,7 +275,7 @@ def _print(rows: list[Row], dtype: str) -> None:
     table = Table("", *columns, "", title=f"largest absolute difference, {dtype}")
     for row in rows:
         cells = [f"{row.differences[c]:.2g}" if c in row.differences else "" for c in columns]
-        table.add_row(row.name, *cells, "past the tolerance" if row.failures else "ok")
+        table.add_row(row.name, *cells, row.verdict)
     Console(width=100).print(table)
 
 
