@@ -147,7 +147,9 @@ def table(folder: Path) -> str:
         result = results[goal.file]
         limits = f"{goal.form.format(goal.goal)} | {goal.form.format(goal.floor)}"
         if result is None:
-            lines.append(f"| {goal.name} | {limits} | | no result: `{COMMANDS[goal.file]}` |")
+            lines.append(
+                f"| {goal.name} | {limits} | | no result: `{COMMANDS[goal.file]} --json {folder / goal.file}.json` |"
+            )
             continue
         try:
             value = goal.value(result)

@@ -68,6 +68,8 @@ def _stepper(name: str, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> 
     if name not in known:
         parameter = nn.Parameter(master, requires_grad=False)
         optimizer = OTHERS[name]([parameter])
-        optimizer.state[parameter] = {"step": 0, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        optimizer.state[parameter] = {"step": 0}
         known[name] = optimizer
+    (state,) = known[name].state.values()
+    state.update(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)  # whatever moments this call brings
     return known[name]
