@@ -39,9 +39,11 @@ from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.step import forward_backward, train_step
 from engine.tasks import CONFIGS, TaskRow, load_table, loss_scale
+from pipelines.arena import Arena
 from pipelines.batch import Batch
 from pipelines.buckets import pad
 from pipelines.errors import BadInput
+from pipelines.slab import in_one_slab
 
 RUN = CONFIGS / "runs/twelve_in_one.yaml"
 
@@ -79,6 +81,7 @@ class Stepper:
         model = ViLBERT(run.model, PUBLISHED_HEADS)
         model.initialise(run.seed)
         self.model = model.to(setting.device)
+        self._arena = Arena(pin=setting.device.type == "cuda")
         self.optimizer = assembly.build_optimizer(run, rows, self.model)
         self.graphs = graphs(self.model) if graphs else Graphs(self.model, setting.device)
         self._steps = 0
@@ -113,7 +116,7 @@ class Stepper:
         return pack(self.setting.samples(row, number), getattr(torch, self.setting.run.precision))
 
     def _padded(self, row: TaskRow, number: int) -> Batch:
-        return pad(self._packed(row, number), pin=self.setting.device.type == "cuda")
+        return in_one_slab(pad(self._packed(row, number)), self._arena.take)
 
     def _step(self, way: str, row: TaskRow, batch: Batch) -> None:
         self._steps += 1

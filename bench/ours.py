@@ -24,7 +24,9 @@ from engine.step import StepResult, train_step
 from engine.tasks import TaskRow, load_table, loss_scale
 from kernels import backends
 from pipelines import buckets
+from pipelines.arena import Arena
 from pipelines.batch import Batch
+from pipelines.slab import in_one_slab
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,6 +46,7 @@ class Ours:
         self.model = model.to(setting.device)
         self.optimizer = assembly.build_optimizer(run, rows, self.model)
         # As the loop has them: batches in shape buckets, and graphs that copy them to the device.
+        self._arena = Arena(pin=setting.device.type == "cuda")
         self._grid = buckets.Grid.fitting(run.model.max_position_embeddings) if run.cuda_graphs else None
         self._graphs = Graphs(self.model, setting.device) if run.cuda_graphs else None
         self._moments = Spare(value for key, value in self.optimizer.state_dict().items() if "/exp_avg" in key)
@@ -58,7 +61,7 @@ class Ours:
         samples = self.setting.samples(row, turn)
         batch = pack(samples, _DTYPES[self.setting.run.precision])
         if self._grid is not None:
-            batch = buckets.pad(batch, self._grid, pin=self.setting.device.type == "cuda")
+            batch = in_one_slab(buckets.pad(batch, self._grid), self._arena.take)
         self._row, self._batch = row, batch if self._graphs else batch.to(self.setting.device)
         return Rows(packed_rows(batch), samples.real_rows)
 

@@ -149,12 +149,10 @@ def _verify_stores(tasks: dict[str, Task], say: Callable[[str], None]) -> None:
     """Damage is found now where that costs seconds; larger stores are tested record by record as they are read."""
     used = [store for task in tasks.values() for data in (task.train.data, task.val) for store in data.stores]
     for store in dict.fromkeys(used):
-        if store.file_bytes.nbytes <= VERIFIED_AT_START:
+        if store.nbytes <= VERIFIED_AT_START:
             store.verify_records()
         else:
-            say(
-                f"{store.path}: {store.file_bytes.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)"
-            )
+            say(f"{store.path}: {store.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)")
 
 
 def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:

@@ -108,7 +108,7 @@ class Graphs:
         `batch` is padded to a bucket (`pipelines.buckets.pad`) and still on the host. `key` stands for everything in `work`
         that is not in the batch's shapes: two works under one key must do the same.
         """
-        if batch.slab is None:
+        if batch.slab is None or not batch.padding:
             raise ValueError(f"{batch.task}: no padded batch, so its shapes would hardly ever come again")
         self.counters.rows += batch.pair_text_rows + batch.pair_image_rows
         self.counters.padded_rows += batch.padding

@@ -8,21 +8,17 @@ cost; the plain torch path computes the same.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch  # first, so that the library shares torch's OpenMP pool instead of bringing a second one
 from torch import Tensor
 
-_ROOT = Path(__file__).resolve().parent
-_SOURCES = sorted((_ROOT / "native").glob("*.cpp"))
-_HEADERS = sorted((_ROOT / "native").glob("*.h"))
+from kernels.native_build import build, library_path
+
+_SOURCES = Path(__file__).resolve().parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
 _ISA_FLAGS = {
     "amx": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16 -mamx-tile -mamx-bf16",
@@ -114,7 +110,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     if name not in _ISA_FLAGS:
         raise ValueError(f"STOPGO_ISA={name}: there are {', '.join(_ISA_FLAGS)}")
     path = path_of(name)
-    why = "" if path.exists() else _build(path, name)
+    why = "" if path.exists() else build(path, _SOURCES, _flags(name), ["-fopenmp"])
     if why:
         print(f"stopgo: no native kernels ({why}): {_COST}", file=sys.stderr)
         return None, why
@@ -139,11 +135,12 @@ def best_isa() -> str:
 
 
 def path_of(isa_name: str) -> Path:
-    """Where the library of an instruction set lies: the name covers flags and sources, so a stale one is never loaded."""
-    digest = hashlib.sha256(" ".join((*_FLAGS, *_ISA_FLAGS[isa_name].split())).encode())
-    for source in sorted([*_SOURCES, *_HEADERS]):
-        digest.update(source.read_bytes())
-    return _ROOT.parent / "build" / f"libstopgo_native-{isa_name}-{digest.hexdigest()[:16]}.so"
+    """Where the library of an instruction set lies."""
+    return library_path(f"stopgo_native-{isa_name}", _SOURCES, _flags(isa_name))
+
+
+def _flags(isa_name: str) -> list[str]:
+    return [*_FLAGS, *_ISA_FLAGS[isa_name].split()]
 
 
 def _cpu_flags() -> set[str]:
@@ -158,37 +155,3 @@ def _may_use_tiles() -> bool:
     """Linux hands out the tile registers on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
     arch_prctl, request, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
-
-
-def _build(path: Path, isa_name: str) -> str:
-    """Compile into `path`, one process per source; returns why it failed, or an empty string."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        return "no C++ compiler found"
-    path.parent.mkdir(exist_ok=True)
-    flags = [*_FLAGS, *_ISA_FLAGS[isa_name].split()]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
-        commands = [
-            [compiler, *flags, "-c", str(source), "-o", str(built)]
-            for source, built in zip(_SOURCES, objects, strict=True)
-        ]
-        # Linked under another name and renamed, so that processes starting together never load half a file.
-        linked = Path(folder) / "linked.so"
-        why = _run(commands) or _run([[compiler, "-shared", "-fopenmp", "-o", str(linked), *map(str, objects)]])
-        if not why:
-            os.replace(linked, path)
-    return why
-
-
-def _run(commands: list[list[str]]) -> str:
-    try:
-        started = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
-    except OSError as error:
-        return f"{commands[0][0]}: {error}"
-    failed = ""
-    for process in started:
-        errors = process.communicate()[1].strip()
-        if process.returncode:
-            failed = f"{commands[0][0]} failed: {errors.splitlines()[-1] if errors else process.returncode}"
-    return failed

@@ -126,7 +126,7 @@ class Batch:
         """The same batch with every tensor on `device`: one copy where it has a slab."""
         if self.slab is not None:
             return self.in_slab(self.slab.to(device, non_blocking=True))
-        return _each(self, lambda x: x.to(device, non_blocking=True))
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def in_slab(self, slab: Tensor) -> Batch:
         """The same batch read from other memory: each tensor is a view of `slab`, at the place that it has in its own."""
@@ -137,7 +137,23 @@ class Batch:
             start = x.storage_offset() * x.element_size() - first
             return slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
 
-        return _each(self, moved)
+        return replace(self.map(moved), slab=slab[: self.slab.numel()])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch and its target, in the order of `map`; the slab is none of them."""
+        found: list[Tensor] = []
+
+        def noted(x: Tensor) -> Tensor:
+            found.append(x)
+            return x
+
+        self.map(noted)
+        return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy of the batch with all of its tensors changed, without a slab."""
+        changed: Batch = _each(replace(self, slab=None), change)
+        return changed
 
 
 def _each(part, change: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]

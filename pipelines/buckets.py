@@ -35,9 +35,6 @@ LEAST_TEXT, LEAST_IMAGE = 2, 1
 LONGEST_STEP = 64
 """`max_text` and `max_image` are rounded up to this, the row tile of the attention kernels."""
 
-_ALIGNMENT = 256
-"""Bytes; each tensor of a slab starts at a multiple, as torch's own allocations on a GPU do."""
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -128,10 +125,11 @@ def dummies(stream: Stream, pairs: int, k: int, uses: int | None, step: int, lea
     return Dummies((own, *shared, *more, unused), (0, *[1] * (k - 1)))
 
 
-def pad(batch: Batch, grid: Grid | None = None, pin: bool = False) -> Batch:
-    """A copy of the batch with a dummy example at its end, in one slab of memory, page-locked with `pin`.
+def pad(batch: Batch, grid: Grid | None = None) -> Batch:
+    """A copy of the batch with a dummy example at its end.
 
-    ValueError for a batch that is padded already, or whose examples differ in their number of pairs.
+    A tensor on the device `meta` gains rows there. ValueError for a batch that is padded already, or whose examples differ
+    in their number of pairs.
     """
     k, rest = divmod(batch.n_pairs, batch.examples)
     if batch.padding or rest:
@@ -156,19 +154,18 @@ def pad(batch: Batch, grid: Grid | None = None, pin: bool = False) -> Batch:
         "image_key": [batch.image_key, _zeros(batch.image_key, len(images.lengths))],
     }
     target = _pad_target(batch.target, [images.lengths[item] for item in images.of_pairs])
-    slab, tensors = _in_one_slab(pieces | {f"target.{name}": parts for name, parts in target.items()}, pin)
-    fields: dict[str, Any] = {name: x for name, x in tensors.items() if "." not in name}
-    new_target = {name.partition(".")[2]: x for name, x in tensors.items() if "." in name}
+    joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in pieces.items()}
+    new_target = {name: torch.cat(parts) for name, parts in target.items()}
     return replace(
         batch,
-        **fields,
+        **joined,
         target=None if batch.target is None else type(batch.target)(**new_target),
         max_text=text.longest,
         max_image=image.longest,
         pair_text_rows=text.pair_rows,
         pair_image_rows=image.pair_rows,
         padding=text.pair_rows - before.text.pair_rows + image.pair_rows - before.image.pair_rows,
-        slab=slab,
+        slab=None,
     )
 
 
@@ -238,19 +235,6 @@ def _ends(rows: int, lengths: list[int] | tuple[int, ...], dtype: torch.dtype) -
 
 def _zeros(like: Tensor, rows: int) -> Tensor:
     return like.new_zeros((rows, *like.shape[1:]))
-
-
-def _in_one_slab(pieces: dict[str, list[Tensor]], pin: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """(slab, tensors): one uint8 tensor, and each name's pieces joined in a view of it. Equal shapes give equal layouts."""
-    shapes = {name: (sum(map(len, parts)), *parts[0].shape[1:]) for name, parts in pieces.items()}
-    sizes = {name: int(np.prod(shape)) * pieces[name][0].element_size() for name, shape in shapes.items()}
-    starts = ragged.offsets_of([_up(size, _ALIGNMENT) for size in sizes.values()]).tolist()
-    slab = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
-    joined = {}
-    for (name, parts), start in zip(pieces.items(), starts[:-1], strict=True):
-        place = slab[start : start + sizes[name]].view(parts[0].dtype).view(shapes[name])
-        joined[name] = torch.cat(parts, out=place)
-    return slab, joined
 
 
 def _fill(rows: int, step: int, least: int) -> int:

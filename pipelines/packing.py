@@ -1,4 +1,4 @@
-"""From columns to a `Batch`: packed rows, unique items, pairs by index, one copy of the features.
+"""From columns to a `Batch`: packed rows, unique items, pairs by index; the features are copied once, to where they stay.
 
 Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B examples.
 """
@@ -6,6 +6,7 @@ Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import buckets, ragged
+from pipelines.arena import Arena
 from pipelines.batch import Batch, BatchTarget, OptionTarget
 from pipelines.boxes import Float32, locations
 from pipelines.datasets import TaskData
 from pipelines.negatives import draw_options
 from pipelines.random import text_keys
+from pipelines.slab import in_one_slab
 from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
 
 
@@ -33,15 +36,16 @@ def pack(
     share: bool = True,
     blind: bool = False,
     grid: buckets.Grid | None = None,
+    threads: int = 1,
 ) -> Batch:
-    """The batch of these examples, on the CPU. Equal arguments give equal batches.
+    """The batch of these examples, on the host, in one slab. Equal arguments give equal batches.
 
     `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
     `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
     image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
     zeroes the features and leaves the boxes: what can be said without looking. With a `grid` the batch is padded to a
-    shape bucket, in page-locked memory where there is a GPU; then `share` shares within examples alone, so that every
-    batch has equally many items. Raises BadInput for a damaged record.
+    shape bucket; then `share` shares within examples alone, so that every batch has equally many items. `threads` copy
+    features. Raises BadInput for a damaged record.
     """
     texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
     if grid is None:
@@ -51,37 +55,91 @@ def pack(
         unique_texts, pair_text = _unique_within(texts.reshape(-1, k), share)
         unique_images, pair_image = _unique_within(images.reshape(-1, k), share)
     token_ids, cu_texts = _pack_texts(data, unique_texts, task_token)
-    regions = _pack_images(data, unique_images, dtype, blind)
+    regions = _Regions.of(data, unique_images)
+    pixels = regions.pixels()
     batch = Batch(
         task=data.spec.name,
         examples=len(indices),
         task_token=task_token,
         token_ids=torch.from_numpy(token_ids),
         cu_texts=torch.from_numpy(cu_texts.astype(np.int32)),
-        features=regions.features,
-        boxes=torch.from_numpy(regions.locations),
+        features=torch.empty((regions.rows, data.store.feature_dim), dtype=dtype, device="meta"),
+        boxes=torch.from_numpy(regions.locations(pixels)),
         cu_images=torch.from_numpy(regions.cu_images.astype(np.int32)),
         pair_text=torch.from_numpy(pair_text),
         pair_image=torch.from_numpy(pair_image),
         text_key=torch.from_numpy(text_keys(data.spec.number, unique_texts)),
         image_key=torch.from_numpy(data.image_keys[unique_images]),
-        target=_target(data, indices, regions, pair_image, training),
+        target=_target(data, indices, regions, pixels, pair_image, training),
         max_text=int(np.diff(cu_texts).max()),
         max_image=int(np.diff(regions.cu_images).max()),
         example_ids=tuple(data.ids[indices].tolist()),
     )
-    return batch if grid is None else buckets.pad(batch, grid, pin=torch.cuda.is_available())
+    if grid is not None:
+        batch = buckets.pad(batch, grid)
+    batch = in_one_slab(batch, _arena().take)
+    if blind:
+        batch.features.zero_()
+    else:
+        regions.fill(batch.features, threads)
+    return batch
+
+
+@cache
+def _arena() -> Arena:
+    """The process's memory for batches."""
+    return Arena(pin=torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
 class _Regions:
-    """The region rows of a batch's images."""
+    """The region rows of a batch's images: global row, detected rows, annotated rows of each."""
 
-    features: Tensor  # [R, F]
-    pixels: Float32  # [R, 4]
-    locations: Float32  # [R, 5]
-    cu_images: ragged.Offsets  # int64 [n_images + 1]
-    first_candidate: NDArray[np.int64]  # [n_images]: row within the image
+    data: TaskData
+    images: Indices
+    """int64 [n_images]: store rows."""
+    detected: NDArray[np.int64]
+    """int64 [n_images]: detected rows taken; `max_regions` may cut some from the end."""
+    cu_images: ragged.Offsets
+    """int64 [n_images + 1]."""
+
+    @classmethod
+    def of(cls, data: TaskData, images: Indices) -> _Regions:
+        detected, annotated = data.detector_counts(images), data.candidate_counts(images)
+        return cls(data, images, detected, ragged.offsets_of(1 + detected + annotated))
+
+    @property
+    def rows(self) -> int:
+        return int(self.cu_images[-1])
+
+    @property
+    def first_candidate(self) -> NDArray[np.int64]:
+        """int64 [n_images]: row within the image."""
+        return 1 + self.detected
+
+    def pixels(self) -> Float32:
+        """Boxes in pixels, float32 [R, 4]."""
+        boxes = np.empty((self.rows, 4), np.float32)
+        self.data.store.gather_boxes(self.images, self.cu_images[:-1], boxes, taken=self.detected)
+        if self.data.candidates is not None:
+            self.data.candidates.gather_boxes(*self._annotated(), boxes, global_row=False)
+        return boxes
+
+    def locations(self, pixels: Float32) -> Float32:
+        """Boxes in shares of the image, float32 [R, 5]."""
+        size = np.repeat(self.data.store.sizes[self.images], np.diff(self.cu_images), axis=0)
+        return locations(pixels, size[:, 0], size[:, 1])
+
+    def fill(self, features: Tensor, threads: int) -> None:
+        """Copy the features from the memory map to where they stay, [at least R, F]; rows beyond R become zeros."""
+        self.data.store.gather(self.images, self.cu_images[:-1], features, taken=self.detected, threads=threads)
+        if self.data.candidates is not None:
+            self.data.candidates.gather(*self._annotated(), features, global_row=False, threads=threads)
+        features[self.rows :].zero_()
+
+    def _annotated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of the images in the store of annotated boxes, and where those begin in the batch."""
+        return self.data.candidate_rows[self.images].astype(np.int64), self.cu_images[:-1] + self.first_candidate
 
 
 def _pairs(data: TaskData, indices: Indices, *, epoch: int, seed: int, training: bool) -> tuple[Indices, Indices]:
@@ -132,49 +190,20 @@ def _pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple
     return token_ids, cu_texts
 
 
-def _pack_images(data: TaskData, images: Indices, dtype: torch.dtype, blind: bool) -> _Regions:
-    """Global row, detected rows, annotated rows of every image, straight from the stores into one array."""
-    detected, annotated = data.detector_counts(images), data.candidate_counts(images)
-    cu_images = ragged.offsets_of(1 + detected + annotated)
-    total, starts = int(cu_images[-1]), cu_images[:-1]
-    features = torch.empty((total, data.store.feature_dim), dtype=dtype)
-    pixels = np.empty((total, 4), np.float32)
-    _gather_detected(data, images, starts, detected, features, pixels)
-    if data.candidates is not None:
-        rows = data.candidate_rows[images].astype(np.int64)
-        data.candidates.gather(rows, starts + 1 + detected, features, pixels, global_row=False)
-    size = np.repeat(data.store.sizes[images], np.diff(cu_images), axis=0)
-    places = locations(pixels, size[:, 0], size[:, 1])
-    if blind:
-        features.zero_()
-    return _Regions(features, pixels, places, cu_images, 1 + detected)
-
-
-def _gather_detected(
-    data: TaskData,
-    images: Indices,
-    starts: NDArray[np.int64],
-    detected: NDArray[np.int64],
-    features: Tensor,
-    pixels: Float32,
-) -> None:
-    """One call for all images; those that lose rows to `max_regions` go by how many they keep."""
-    whole = detected == data.store.counts[images]
-    data.store.gather(images[whole], starts[whole], features, pixels)
-    for kept in np.unique(detected[~whole]):
-        cut = ~whole & (detected == kept)
-        data.store.gather(images[cut], starts[cut], features, pixels, max_regions=int(kept))
-
-
 def _target(
-    data: TaskData, indices: Indices, regions: _Regions, pair_image: NDArray[np.int64], training: bool
+    data: TaskData,
+    indices: Indices,
+    regions: _Regions,
+    pixels: Float32,
+    pair_image: NDArray[np.int64],
+    training: bool,
 ) -> BatchTarget | None:
     match data.target:
         case SoftLabels() | Classes() as columns:
             return columns.pack(indices)
         case TrueBoxes() as boxes:
             rows, cu_regions = ragged.take(regions.cu_images, pair_image)
-            return boxes.pack(indices, cu_regions, regions.pixels[rows], training)
+            return boxes.pack(indices, cu_regions, pixels[rows], training)
         case Choices() as choices:
             return choices.pack(indices, regions.first_candidate[pair_image])
         case None if data.pool is not None:

@@ -1,45 +1,34 @@
-"""Read a feature store: checked at the door, then straight from the memory map."""
+"""Read a feature store: checked at the door, then straight from the memory map into a batch.
+
+A store is one LMDB environment, or a folder of several, its shards, which read as one.
+"""
 
 from __future__ import annotations
 
-import mmap
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipelines.boxes import Float32
+from pipelines.copy_runs import DTYPES, copy_runs, scale_runs
 from pipelines.errors import BadInput
-from pipelines.store.lmdb_file import LmdbFile
-from pipelines.store.metadata import METADATA_KEY, unpack_metadata
-from pipelines.store.record import (
-    DTYPES,
-    HEADER_BYTES,
-    RECORD_VERSION,
-    Layout,
-    Record,
-    checksum,
-    read_header,
-    view_record,
-)
+from pipelines.store.record import HEADER_BYTES, Record
+from pipelines.store.shard import Shard
 
 Verify = Literal["always", "first", "never"]
-_AGAIN = "convert the features again"
-_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Rows = NDArray[np.int64]
 
 
 class FeatureStore:
-    """A finished store at `path`, read-only.
+    """A finished store at `path`, read-only. Its images are in the order of their keys' bytes, whatever the shards.
 
-    Opening checks the file's length against its tree, every page of the tree, the version, that the store is
-    complete, and that each record has the length that its shape needs; so no later read can leave the file. Checksums
-    are tested on the first read of each record in a process (`verify`). `readahead=False` suits random reads of a
-    store that the page cache cannot hold.
+    What opening checks is said in `pipelines.store.shard`. Checksums are tested on the first read of each record in a
+    process (`verify`). `readahead=False` suits random reads of a store that the page cache cannot hold.
 
     One store may be used from many threads and after a fork; pickled, it opens again where it is unpickled.
     Raises `BadInput`, naming the store and the key.
@@ -48,40 +37,44 @@ class FeatureStore:
     def __init__(self, path: Path | str, verify: Verify = "first", readahead: bool = True) -> None:
         self.path = Path(path)
         self._arguments = (self.path, verify, readahead)
-        if not self.path.exists():
-            raise BadInput(self.path, "no feature store here", "make one with python -m pipelines.convert")
-        file = LmdbFile(self.path)
-        if not readahead:
-            file.map.madvise(mmap.MADV_RANDOM)
-        if METADATA_KEY not in file.keys:
-            raise BadInput(self.path, "an LMDB, but not a feature store", "convert it: python -m pipelines.convert")
-        place = file.keys.index(METADATA_KEY)
-        metadata = unpack_metadata(self.path, file.value(place))
-        if not metadata.complete:
-            raise BadInput(self.path, "unfinished store", "finish its conversion with --resume")
-        self.feature_dim: int = metadata.feature_dim
-        self.dtype: str = metadata.dtype
-        self.classes: int = metadata.classes
+        self._shards = [Shard(part, readahead) for part in shard_paths(self.path)]
+        first = self._shards[0].metadata
+        self.feature_dim: int = first.feature_dim
+        self.dtype: str = first.dtype
+        self.classes: int = max(shard.metadata.classes for shard in self._shards)
         """Length of a class distribution; 0 where no record has one."""
-        self.source: str = metadata.source
-        self.counts: NDArray[np.int32] = metadata.counts
-        """int32 [images]: regions of each image, the global row not counted."""
-        self.sizes: NDArray[np.int32] = metadata.sizes
-        """int32 [images, 2]: width, height in pixels."""
-        self.with_probs: NDArray[np.bool_] = metadata.with_probs
-        """bool [images]: which records have class distributions."""
-        self._keys = metadata.keys
+        self.source: str = first.source
+        self._check_alike()
+        keys = [key for shard in self._shards for key in shard.metadata.keys]
+        order = np.array(sorted(range(len(keys)), key=lambda row: keys[row].encode()), np.int64)
+        self._keys = tuple(keys[row] for row in order.tolist())
         self._rows = {key: row for row, key in enumerate(self._keys)}
-        self.offsets: NDArray[np.int64] = np.delete(file.offsets, place)
-        """int64 [images]: where each record begins in `file_bytes`; its parts follow as `Layout` says."""
-        self.file_bytes: NDArray[np.uint8] = file.bytes
-        """uint8 [bytes of data.mdb], read-only: the memory map."""
-        self._check_index([key for key in file.keys if key != METADATA_KEY], np.delete(file.sizes, place))
+        if len(self._rows) < len(keys):
+            twice = next(a for a, b in zip(self._keys, self._keys[1:], strict=False) if a == b)
+            raise BadInput(f"{self.path}: image {twice}", "in two shards", "each image once: remove one of the shards")
+
+        def merged(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate(list(parts))[order]
+
+        self.counts: NDArray[np.int32] = merged(shard.metadata.counts for shard in self._shards)
+        """int32 [images]: regions of each image, the global row not counted."""
+        self.sizes: NDArray[np.int32] = merged(shard.metadata.sizes for shard in self._shards)
+        """int32 [images, 2]: width, height in pixels."""
+        self.with_probs: NDArray[np.bool_] = merged(shard.metadata.with_probs for shard in self._shards)
+        """bool [images]: which records have class distributions."""
+        self._shard_of = merged(np.full(len(shard.offsets), i) for i, shard in enumerate(self._shards))
+        self._row_in_shard = merged(np.arange(len(shard.offsets)) for shard in self._shards)
+        starts = [shard.file_bytes.ctypes.data + shard.offsets for shard in self._shards]
+        """Addresses of the records; the shards keep the maps alive."""
+        self._means = merged(start + HEADER_BYTES for start in starts)
+        self._boxes = merged(start + shard.layout.boxes for start, shard in zip(starts, self._shards, strict=True))
+        self._scales = merged(start + shard.layout.scales for start, shard in zip(starts, self._shards, strict=True))
+        self._features = merged(
+            start + shard.layout.features for start, shard in zip(starts, self._shards, strict=True)
+        )
+        self._probs = merged(start + shard.layout.probs for start, shard in zip(starts, self._shards, strict=True))
         self._verify = verify
         self._unverified = np.full(len(self), verify != "never")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch knows no read-only tensors; nothing here writes to this one
-            self._tensor = torch.from_numpy(self.file_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, self._arguments
@@ -95,11 +88,16 @@ class FeatureStore:
     def __contains__(self, key: object) -> bool:
         return key in self._rows
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(shard.file_bytes.nbytes for shard in self._shards)
+
     def keys(self) -> tuple[str, ...]:
         """Image keys; position = row in `counts`, `sizes` and `index`."""
         return self._keys
 
-    def index(self, keys: Iterable[str]) -> NDArray[np.int64]:
+    def index(self, keys: Iterable[str]) -> Rows:
         """Rows of these images, int64 [n]."""
         try:
             return np.fromiter((self._rows[key] for key in keys), dtype=np.int64)
@@ -110,104 +108,114 @@ class FeatureStore:
 
     def record(self, key: str) -> Record:
         """One image's record, as views of the memory map."""
-        row = int(self.index([key])[0])
-        self._verify_row(row)
-        width, height = self.sizes[row].tolist()
-        return view_record(
-            self._value(row), int(self.counts[row]), self.feature_dim, self.dtype, self._classes(row), width, height
-        )
+        row = self.index([key])
+        self._verify_rows(row)
+        shard, place = self._locate(int(row[0]))
+        return shard.record(place)
 
     def gather(
         self,
-        rows: Sequence[int] | NDArray[np.int64],
-        starts: Sequence[int] | NDArray[np.int64],
+        rows: ArrayLike,
+        starts: ArrayLike,
         features: Tensor,
+        *,
+        taken: ArrayLike | None = None,
+        global_row: bool = True,
+        threads: int = 1,
+    ) -> None:
+        """Copy the features of many images into preallocated rows: the way from the memory map to a batch.
+
+        Image i (`rows[i]`, from `index`) fills the rows of `features` from `starts[i]` on: its global row (the mean of all
+        its regions) unless `global_row` is false, then its first `taken[i]` regions, by default all. `features`: [R, F]
+        float32 or bfloat16 on the CPU, contiguous. Values are converted once, rounded to nearest even; other rows are left
+        alone. `threads` share the copying. Raises BadInput for a damaged record, before anything is copied.
+        """
+        images, first, counts = self._places(rows, starts, taken, global_row, len(features))
+        width, dtype = self.feature_dim, features.dtype
+        if features.shape[1:] != (width,) or not features.is_contiguous():
+            raise ValueError(f"features of shape {list(features.shape)}, wanted contiguous [rows, {width}]")
+        self._verify_rows(images)
+        targets = features.data_ptr() + first * (width * dtype.itemsize)
+        if global_row:
+            copy_runs(torch.float32, dtype, self._means[images], targets, np.full_like(images, width))
+            targets = targets + width * dtype.itemsize
+        source = self._features[images]
+        if self.dtype == "uint8":
+            scale_runs(dtype, width, source, self._scales[images], targets, counts, threads)
+        else:
+            copy_runs(DTYPES[self.dtype], dtype, source, targets, counts * width, threads)
+
+    def gather_boxes(
+        self,
+        rows: ArrayLike,
+        starts: ArrayLike,
         boxes: Float32,
-        max_regions: int | None = None,
+        *,
+        taken: ArrayLike | None = None,
         global_row: bool = True,
     ) -> None:
-        """Copy many images into preallocated rows: the way from the memory map to a batch.
-
-        Image i (`rows[i]`, from `index`) fills the rows from `starts[i]` on: its global row (the mean of all its
-        regions, with the box 0, 0, width, height) unless `global_row` is false, then its first `max_regions` regions.
-        `features`: [R, F] float32 or bfloat16 on the CPU; `boxes`: float32 [R, 4], pixels. Values are converted once,
-        rounded to nearest even; other rows are left alone.
-        """
-        targets = torch.from_numpy(boxes)
-        first = int(global_row)
-        stored = _TORCH[self.dtype]
-        for row, start in zip(np.asarray(rows).tolist(), np.asarray(starts).tolist(), strict=True):
-            self._verify_row(row)
-            count = int(self.counts[row])
-            taken = count if max_regions is None else min(count, max_regions)
-            if start < 0 or start + first + taken > len(features):
-                raise IndexError(f"rows {start} to {start + first + taken} of {len(features)}")
-            offset = int(self.offsets[row])
-            layout = self._layout(row)
-            if global_row:
-                features[start] = self._part(offset + HEADER_BYTES, 1, torch.float32, self.feature_dim)[0]
-                boxes[start, :2] = 0
-                boxes[start, 2:] = self.sizes[row]
-            inside = slice(start + first, start + first + taken)
-            _convert(self._part(offset + layout.features, taken, stored, self.feature_dim), features[inside])
-            targets[inside] = self._part(offset + layout.boxes, taken, torch.float32, 4)
-
-    def _part(self, start: int, rows: int, dtype: torch.dtype, columns: int) -> Tensor:
-        """[rows, columns] of the memory map, from byte `start` on."""
-        return self._tensor[start : start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
-
-    def _value(self, row: int) -> NDArray[np.uint8]:
-        start = int(self.offsets[row])
-        return self.file_bytes[start : start + self._layout(row).end]
-
-    def _classes(self, row: int) -> int:
-        return self.classes if self.with_probs[row] else 0
-
-    def _layout(self, row: int) -> Layout:
-        return Layout.of(int(self.counts[row]), self.feature_dim, self.dtype, self._classes(row))
-
-    def _check_index(self, keys: list[bytes], sizes: NDArray[np.int64]) -> None:
-        lengths = {len(self.counts), len(self.sizes), len(self.with_probs)}
-        if keys != [key.encode() for key in self._keys] or lengths != {len(keys)}:
-            raise BadInput(self.path, "its index and its records differ", _AGAIN)
-        needed = [self._layout(row).end for row in range(len(keys))]
-        wrong = np.flatnonzero(np.array(needed, dtype=np.int64) != sizes)
-        if len(wrong):
-            row = int(wrong[0])
-            raise BadInput(
-                f"{self.path}: image {self._keys[row]}",
-                f"{sizes[row]} bytes, but {self.counts[row]} regions need {needed[row]}",
-                _AGAIN,
-            )
+        """The same for the boxes, float32 [R, 4] in pixels; that of the global row is 0, 0, width, height."""
+        images, first, counts = self._places(rows, starts, taken, global_row, len(boxes))
+        self._verify_rows(images)
+        if global_row:
+            boxes[first, :2] = 0
+            boxes[first, 2:] = self.sizes[images]
+        assert boxes.flags.c_contiguous and boxes.dtype == np.float32
+        targets = boxes.ctypes.data + (first + global_row) * 16
+        copy_runs(torch.float32, torch.float32, self._boxes[images], targets, counts * 4)
 
     def verify_records(self) -> None:
         """Read every record against its checksum, so that no damage waits for the middle of a run. Raises BadInput."""
-        for row in np.flatnonzero(self._unverified):
-            self._verify_row(int(row))
+        self._verify_rows(np.arange(len(self)))
 
-    def _verify_row(self, row: int) -> None:
-        if not self._unverified[row]:
-            return
-        key, value = self._keys[row], self._value(row)
-        header = read_header(value.data)
-        expected = (
-            RECORD_VERSION,
-            int(self.counts[row]),
-            self.feature_dim,
-            DTYPES.index(self.dtype),
-            *self.sizes[row].tolist(),
-            self._classes(row),
-        )
-        if header is None or header[:-1] != expected:
-            raise BadInput(f"{self.path}: image {key}", "its header does not fit the store's index", _AGAIN)
-        if header[-1] != checksum(key.encode(), value.data):
-            raise BadInput(f"{self.path}: image {key}", "damaged record (checksum)", _AGAIN)
-        self._unverified[row] = self._verify == "always"
+    def _places(
+        self, rows: ArrayLike, starts: ArrayLike, taken: ArrayLike | None, global_row: bool, room: int
+    ) -> tuple[Rows, Rows, Rows]:
+        """(rows, starts, regions taken), int64 [n] each, seen to lie within the store and the target."""
+        images, first = np.asarray(rows, np.int64), np.asarray(starts, np.int64)
+        if images.shape != first.shape or images.ndim != 1:
+            raise ValueError(f"{images.shape} rows and {first.shape} starts")
+        counts = self.counts[images].astype(np.int64)
+        if taken is not None:
+            counts = np.minimum(counts, np.asarray(taken, np.int64))
+        ends = first + counts + global_row
+        if len(images) and (first.min() < 0 or ends.max() > room or counts.min() < 0 or images.min() < 0):
+            raise IndexError(f"rows {first.min()} to {ends.max()} of {room}")
+        return images, first, counts
+
+    def _locate(self, row: int) -> tuple[Shard, int]:
+        return self._shards[self._shard_of[row]], int(self._row_in_shard[row])
+
+    def _verify_rows(self, images: Rows) -> None:
+        """Test those that are due. All are asked for before the first is read, so that a disk has much to do at once."""
+        due = [self._locate(row) for row in images[self._unverified[images]].tolist()]
+        for shard, place in due:
+            shard.fetch(place)
+        for shard, place in due:
+            shard.verify(place)
+        if due and self._verify == "first":
+            self._unverified[images] = False
+
+    def _check_alike(self) -> None:
+        for shard in self._shards[1:]:
+            for name, wanted in (("feature_dim", self.feature_dim), ("dtype", self.dtype)):
+                found = getattr(shard.metadata, name)
+                if found != wanted:
+                    raise BadInput(shard.path, f"{name} {found} beside {wanted} of {self._shards[0].path.name}",
+                                   "the shards of a store are of one kind")  # fmt: skip
+            if shard.metadata.classes not in (0, self.classes):
+                raise BadInput(shard.path, f"{shard.metadata.classes} classes beside {self.classes}",
+                               "the shards of a store are of one kind")  # fmt: skip
 
 
-def _convert(source: Tensor, target: Tensor) -> None:
-    """Copy with conversion. float16 to bfloat16 goes through float32: exact there, and three times as fast."""
-    if source.dtype == torch.float16 and target.dtype == torch.bfloat16:
-        target.copy_(source.to(torch.float32))
-    else:
-        target.copy_(source)
+def shard_paths(path: Path) -> list[Path]:
+    """The environments of a store: the path itself, or the folders in it that hold one, by name. BadInput where none is."""
+    if not path.exists():
+        raise BadInput(path, "no feature store here", "make one with python -m pipelines.convert")
+    if not path.is_dir() or (path / "data.mdb").exists():
+        return [path]
+    shards = sorted(folder for folder in path.iterdir() if (folder / "data.mdb").exists())
+    unfinished = [folder for folder in shards if folder.suffix == ".partial"]
+    if unfinished:
+        raise BadInput(unfinished[0], "an unfinished shard", "finish it with --resume, or remove the folder")
+    return shards or [path]  # LmdbFile says what is missing

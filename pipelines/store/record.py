@@ -4,6 +4,7 @@
     0    msgpack array of eight uint32, 41 bytes: version, num_boxes, feature_dim, dtype, width, height, classes, crc32
     48   mean      float32 [feature_dim]       the global row: mean of the detector's rows, before they were rounded
          boxes     float32 [num_boxes, 4]      x1, y1, x2, y2 in pixels
+         scales    float32 [num_boxes]         for features of dtype uint8 alone: what each region's are multiplied by
          features  dtype   [num_boxes, feature_dim]
          probs     float16 [num_boxes, classes]    the detector's class distribution, where there is one
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ from numpy.typing import NDArray
 from pipelines.boxes import Float32
 
 RECORD_VERSION = 1
-DTYPES = ("float16", "bfloat16", "float32")
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPES = ("float16", "bfloat16", "float32", "uint8")
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 HEADER_BYTES = 48
 _LEAST_BYTES = 2048  # more than half of LMDB's 4096-byte page
 _ALIGN = 64
@@ -36,6 +37,7 @@ _FIXARRAY_8, _UINT32 = 0x98, 0xCE
 _UNCHECKED = slice(36, 41)  # the checksum itself
 Bytes = bytes | bytearray | memoryview
 Kind = TypeVar("Kind", bound=np.generic)
+Ints = TypeVar("Ints", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +52,35 @@ class Record:
     boxes: Float32
     """float32 [n, 4]: x1, y1, x2, y2 in pixels."""
     features: NDArray[np.generic]
-    """[n, F] float16 or float32; bfloat16 as its uint16 bits."""
+    """[n, F] float16, float32 or uint8 (times `scales`); bfloat16 as its uint16 bits."""
     class_probs: NDArray[np.float16] | None
     """float16 [n, C], or None."""
+    scales: Float32 | None = None
+    """float32 [n] where the features are uint8."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the parts of a record lie, in bytes from the start of the value."""
+class Layout(Generic[Ints]):
+    """Where the parts of a record lie, in bytes from the start of the value; of one record, or of many at once."""
 
-    boxes: int
-    features: int
-    probs: int
-    end: int
+    boxes: Ints
+    scales: Ints
+    features: Ints
+    probs: Ints
+    end: Ints
 
     @classmethod
-    def of(cls, num_boxes: int, feature_dim: int, dtype: str, classes: int) -> Layout:
+    def of(cls, num_boxes: Ints, feature_dim: int, dtype: str, classes: Ints) -> Layout[Ints]:
         """The layout of `num_boxes` rows of `feature_dim` values and `classes` class probabilities."""
-        boxes = _aligned(HEADER_BYTES + 4 * feature_dim)
-        features = _aligned(boxes + 16 * num_boxes)
+        boxes = _aligned(num_boxes * 0 + HEADER_BYTES + 4 * feature_dim)
+        scales = _aligned(boxes + 16 * num_boxes)
+        features = _aligned(scales + 4 * num_boxes) if dtype == "uint8" else scales
         probs = _aligned(features + ITEM_BYTES[dtype] * num_boxes * feature_dim)
         end = probs + 2 * num_boxes * classes
-        return cls(boxes, features, probs, max(end, _LEAST_BYTES))
+        return cls(boxes, scales, features, probs, end + (_LEAST_BYTES - end) * (end < _LEAST_BYTES))
 
 
-def _aligned(offset: int) -> int:
+def _aligned(offset: Ints) -> Ints:
     return HEADER_BYTES + -(-(offset - HEADER_BYTES) // _ALIGN) * _ALIGN
 
 
@@ -89,6 +95,9 @@ def encode_record(
     record = view_record(np.frombuffer(value, dtype=np.uint8), num_boxes, feature_dim, dtype, classes, width, height)
     np.divide(features.sum(axis=0, dtype=np.float32), np.float32(num_boxes), out=record.mean)
     record.boxes[...] = boxes
+    if record.scales is not None:
+        record.scales[...] = scales_of(features)
+        features = features / record.scales[:, None]
     record.features[...] = to_stored(features, dtype)
     if record.class_probs is not None and class_probs is not None:
         record.class_probs[...] = class_probs
@@ -103,7 +112,9 @@ def view_record(
 ) -> Record:
     """The parts of a record as views of its bytes `value`, whose length the caller has checked against `Layout`."""
     layout = Layout.of(num_boxes, feature_dim, dtype, classes)
-    kinds: dict[str, type[np.generic]] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+    kinds: dict[str, type[np.generic]] = {
+        "float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8,
+    }  # fmt: skip
     feature_bytes = ITEM_BYTES[dtype] * num_boxes * feature_dim
 
     def part(start: int, size: int, kind: type[Kind], columns: int) -> NDArray[Kind]:
@@ -116,6 +127,7 @@ def view_record(
         boxes=part(layout.boxes, 16 * num_boxes, np.float32, 4),
         features=part(layout.features, feature_bytes, kinds[dtype], feature_dim),
         class_probs=part(layout.probs, 2 * num_boxes * classes, np.float16, classes) if classes else None,
+        scales=part(layout.scales, 4 * num_boxes, np.float32, 1)[:, 0] if dtype == "uint8" else None,
     )
 
 
@@ -137,8 +149,17 @@ def checksum(key: bytes, value: Bytes) -> int:
     return zlib.crc32(content[_UNCHECKED.stop :], start)
 
 
+def scales_of(features: Float32) -> Float32:
+    """For uint8: what each region's values are divided by, float32 [n], so that its largest becomes 255."""
+    largest = features.max(axis=1) / np.float32(255)
+    return np.where(largest > 0, largest, np.float32(1))
+
+
 def to_stored(features: Float32, dtype: str) -> NDArray[np.generic]:
-    """float32 values in the stored type, rounded to nearest even; bfloat16 as uint16 bits. Values are finite."""
+    """float32 values in the stored type, rounded to nearest even; bfloat16 as uint16 bits. Values are finite, and for
+    uint8 divided by their scales."""
+    if dtype == "uint8":
+        return np.rint(features).clip(0, 255).astype(np.uint8)
     if dtype == "bfloat16":
         return bfloat16_bits(features)
     with np.errstate(over="ignore"):  # the writer refuses what becomes infinite, by name

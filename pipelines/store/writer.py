@@ -153,6 +153,8 @@ class StoreWriter:
             raise BadInput(where, f"a box lies outside the image of {width} x {height}", "boxes are in its pixels")
         if self.dtype == "float16" and np.abs(features).max() >= 65520:
             raise BadInput(where, "a feature exceeds float16's 65504", "use --dtype bfloat16 or float32")
+        if self.dtype == "uint8" and features.min() < 0:
+            raise BadInput(where, "a feature below 0 has no place in uint8", "use --dtype bfloat16 or float32")
         if probs is not None and (probs.min(initial=0) < 0 or probs.max(initial=0) > 1.001):
             raise BadInput(where, "class probabilities outside 0..1")
         if probs is not None and self.classes not in (0, probs.shape[1]):

@@ -24,6 +24,7 @@ from engine.tasks import load_table
 from pipelines.batch import Batch, BatchTarget, ChoiceTarget, RegionTarget, SoftLabelTarget
 from pipelines.buckets import Grid, Stream, bucket_of, dummies, pad
 from pipelines.packing import pack
+from pipelines.slab import in_one_slab, pageable
 from tests.engine.small_run import configure
 from tests.pipelines import small
 from tests.pipelines.test_packing import assert_equal
@@ -189,7 +190,7 @@ def _same_labels(padded: SoftLabelTarget, plain: BatchTarget | None) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_one_slab_holds_everything(name: str) -> None:
-    batch = pad(batch_of(name))
+    batch = in_one_slab(pad(batch_of(name)), pageable)
     assert batch.slab is not None
     tensors = [x for x in (*vars(batch).values(), *vars(batch.target).values()) if isinstance(x, Tensor)]
     assert {x.untyped_storage().data_ptr() for x in tensors} == {batch.slab.untyped_storage().data_ptr()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import lmdb
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import ragged
+from pipelines.copy_runs import native
 from pipelines.errors import BadInput
 from pipelines.store.lmdb_file import LmdbFile
 from pipelines.store.metadata import METADATA_KEY
@@ -48,6 +51,60 @@ def test_half_precision_is_rounded_to_nearest(tmp_path: Path) -> None:
         record = FeatureStore(tmp_path / dtype).record("x")
         np.testing.assert_array_equal(record.features, expected)
         np.testing.assert_array_equal(record.mean, features.sum(axis=0) / np.float32(9))  # of the unrounded rows
+
+
+def test_uint8_keeps_each_region_to_half_a_step_of_its_own_scale(tmp_path: Path) -> None:
+    features, boxes, _ = made_up(8)
+    features[3] = 0
+    with StoreWriter(tmp_path / "s", 32, "uint8") as writer:
+        writer.add("x", features, boxes, WIDTH, HEIGHT)
+        with pytest.raises(BadInput, match="below 0 has no place in uint8"):
+            writer.add("y", features - 1, boxes, WIDTH, HEIGHT)
+    record = FeatureStore(tmp_path / "s").record("x")
+    assert record.scales is not None
+    step = np.where(features.max(1) > 0, features.max(1) / 255, 1)
+    np.testing.assert_allclose(record.scales, step, rtol=1e-6)
+    values = record.features.astype(np.float32) * record.scales[:, None]
+    assert (np.abs(values - features) <= step[:, None] * 0.5001).all()
+    np.testing.assert_array_equal(record.features.max(1), np.where(features.max(1) > 0, 255, 0))
+
+
+def test_shards_read_as_one_store(tmp_path: Path) -> None:
+    one = FeatureStore(write_store(tmp_path / "one", 12, classes=5))
+    for part in range(3):
+        with StoreWriter(tmp_path / "many" / f"{part}", 32) as writer:
+            for seed in range(part, 12, 3):
+                features, boxes, probs = made_up(seed, 32, 5 if seed % 2 else 0)
+                writer.add(seed, features, boxes, WIDTH, HEIGHT, probs)
+    many = FeatureStore(tmp_path / "many")
+    assert many.keys() == one.keys() and many.classes == one.classes
+    for name in ("counts", "sizes", "with_probs"):
+        np.testing.assert_array_equal(getattr(many, name), getattr(one, name))
+    rows = np.array([7, 0, 11, 3])
+    starts = ragged.offsets_of(one.counts[rows] + 1)
+    copies = [(torch.zeros(int(starts[-1]), 32), np.zeros((int(starts[-1]), 4), np.float32)) for _ in range(2)]
+    for store, (rows_out, boxes_out) in zip((one, many), copies, strict=True):
+        store.gather(rows, starts[:-1], rows_out)
+        store.gather_boxes(rows, starts[:-1], boxes_out)
+    assert torch.equal(copies[0][0], copies[1][0])
+    np.testing.assert_array_equal(copies[0][1], copies[1][1])
+    for key in one:
+        np.testing.assert_array_equal(many.record(key).features, one.record(key).features)
+
+
+def test_shards_must_fit_each_other(tmp_path: Path) -> None:
+    write_store(tmp_path / "many" / "a", 3)
+    write_store(tmp_path / "many" / "b", 5)
+    with pytest.raises(BadInput, match="many: image 0: in two shards"):
+        FeatureStore(tmp_path / "many")
+    shutil.rmtree(tmp_path / "many" / "b")
+    with StoreWriter(tmp_path / "many" / "b", 32, "float32") as writer:
+        writer.add("x", *made_up(4)[:2], WIDTH, HEIGHT)
+    with pytest.raises(BadInput, match="b: dtype float32 beside float16 of a"):
+        FeatureStore(tmp_path / "many")
+    (tmp_path / "many" / "b").rename(tmp_path / "many" / "b.partial")
+    with pytest.raises(BadInput, match=r"b\.partial: an unfinished shard"):
+        FeatureStore(tmp_path / "many")
 
 
 def test_bfloat16_bits_agree_with_torch() -> None:
@@ -92,7 +149,17 @@ def test_counts_sizes_and_rows_need_no_record(tmp_path: Path) -> None:
         store.index(["0", "12"])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.fixture(params=["native", "torch"])
+def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of `copy_runs`."""
+    if request.param == "torch":
+        monkeypatch.setattr("pipelines.copy_runs._library", lambda: None)
+    elif not native():
+        pytest.skip("no C++ compiler")
+
+
+@pytest.mark.usefixtures("copying")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
 def test_gather_fills_the_rows_that_it_is_given(tmp_path: Path, dtype: str, out: torch.dtype) -> None:
     store = FeatureStore(write_store(tmp_path / "s", dtype=dtype, classes=3))
@@ -100,11 +167,14 @@ def test_gather_fills_the_rows_that_it_is_given(tmp_path: Path, dtype: str, out:
     rows = store.index(keys)
     features, boxes = torch.full((32, 32), -1.0, dtype=out), np.full((32, 4), -1, np.float32)
     starts = [2, 12, 20]
-    store.gather(rows, starts, features, boxes)
+    store.gather(rows, starts, features, threads=2)
+    store.gather_boxes(rows, starts, boxes)
     untouched = np.ones(32, bool)
     for key, start in zip(keys, starts, strict=True):
         record = store.record(key)
         stored = bfloat16_values(record.features.view(np.uint16)) if dtype == "bfloat16" else record.features
+        if record.scales is not None:
+            stored = stored.astype(np.float32) * record.scales[:, None]
         expected = torch.from_numpy(np.vstack([record.mean, stored.astype(np.float32)])).to(out)
         n = len(expected)
         assert torch.equal(features[start : start + n], expected)
@@ -118,14 +188,17 @@ def test_gather_can_cut_and_leave_out_the_global_row(tmp_path: Path) -> None:
     store = FeatureStore(write_store(tmp_path / "s", dtype="float32"))
     features, boxes = torch.zeros(8, 32), np.zeros((8, 4), np.float32)
     record = store.record("7")
-    store.gather(store.index(["7"]), [1], features, boxes, max_regions=3, global_row=False)
+    store.gather(store.index(["7"]), [1], features, taken=[3], global_row=False)
+    store.gather_boxes(store.index(["7"]), [1], boxes, taken=[3], global_row=False)
     np.testing.assert_array_equal(features[1:4], record.features[:3])
     assert not features[0].any() and not features[4:].any() and not boxes[4:].any()
-    store.gather(store.index(["7"]), [0], features, boxes, max_regions=2)
+    store.gather(store.index(["7"]), [0], features, taken=[2])
     np.testing.assert_array_equal(features[:3], np.vstack([record.mean, record.features[:2]]))
     for start in (-1, 0, 7):
         with pytest.raises(IndexError):
-            store.gather(store.index(["7"]), [start], features, boxes)
+            store.gather(store.index(["7"]), [start], features)
+        with pytest.raises(IndexError):
+            store.gather_boxes(store.index(["7"]), [start], boxes)
 
 
 def _sum_of(store: FeatureStore, key: str) -> float:

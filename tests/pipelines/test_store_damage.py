@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipelines.errors import BadInput
-from pipelines.store import metadata, reader
+from pipelines.store import metadata, shard
 from pipelines.store.lmdb_file import LmdbFile
 from pipelines.store.metadata import METADATA_KEY, pack_metadata, unpack_metadata
 from pipelines.store.reader import FeatureStore, Verify
@@ -234,7 +234,7 @@ def test_how_often_checksums_are_tested(
         calls.append(key)
         return checksum(key, value)
 
-    monkeypatch.setattr(reader, "checksum", counted)
+    monkeypatch.setattr(shard, "checksum", counted)
     for _ in range(3):
         store.record("5")
     assert calls == [b"5"] * times
@@ -258,5 +258,7 @@ def test_a_damaged_record_stays_refused(tmp_path: Path) -> None:
             with pytest.raises(BadInput, match="image 5: damaged record"):
                 store.record("5")
         with pytest.raises(BadInput, match="image 5: damaged record"):
-            store.gather(store.index(["5"]), [0], torch.zeros(16, 32), np.zeros((16, 4), np.float32))
+            store.gather(store.index(["5"]), [0], torch.zeros(16, 32))
+        with pytest.raises(BadInput, match="image 5: damaged record"):
+            store.gather_boxes(store.index(["5"]), [0], np.zeros((16, 4), np.float32))
         store.record("6")
