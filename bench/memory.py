@@ -41,6 +41,11 @@ class PeakMemory:
         return _field("VmHWM")
 
 
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is no file's."""
+    return _field("RssAnon")
+
+
 def minor_faults() -> int:
     """Pages that the kernel handed to this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -63,6 +63,6 @@ class Arena:
     def _new(self, nbytes: int) -> Buffer:
         size = -(-int(nbytes * _ROOM) // _HUGE_PAGE) * _HUGE_PAGE
         self.allocated += size
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # huge pages are for private memory
         memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, np.uint8)

@@ -64,14 +64,15 @@ class FeatureStore:
         """bool [images]: which records have class distributions."""
         self._shard_of = merged(np.full(len(shard.offsets), i) for i, shard in enumerate(self._shards))
         self._row_in_shard = merged(np.arange(len(shard.offsets)) for shard in self._shards)
+        # Addresses of the records' parts; the shards keep the maps alive.
         starts = [shard.file_bytes.ctypes.data + shard.offsets for shard in self._shards]
-        """Addresses of the records; the shards keep the maps alive."""
         self._means = merged(start + HEADER_BYTES for start in starts)
         self._boxes = merged(start + shard.layout.boxes for start, shard in zip(starts, self._shards, strict=True))
         self._scales = merged(start + shard.layout.scales for start, shard in zip(starts, self._shards, strict=True))
-        self._features = merged(
+        self.feature_addresses: Rows = merged(
             start + shard.layout.features for start, shard in zip(starts, self._shards, strict=True)
         )
+        """int64 [images]: where the features of each image lie in this process's memory."""
         self._probs = merged(start + shard.layout.probs for start, shard in zip(starts, self._shards, strict=True))
         self._verify = verify
         self._unverified = np.full(len(self), verify != "never")
@@ -139,7 +140,7 @@ class FeatureStore:
         if global_row:
             copy_runs(torch.float32, dtype, self._means[images], targets, np.full_like(images, width))
             targets = targets + width * dtype.itemsize
-        source = self._features[images]
+        source = self.feature_addresses[images]
         if self.dtype == "uint8":
             scale_runs(dtype, width, source, self._scales[images], targets, counts, threads)
         else:

@@ -11,7 +11,7 @@ int64_t address(const void* p) { return reinterpret_cast<int64_t>(p); }
 
 // Runs of unlike lengths out of order, at odd addresses, by one thread and by more than there are runs.
 TEST(runs_are_copied_and_converted) {
-  const std::vector<int64_t> lengths = {0, 1, 3, 17, 64, 129, 1};
+  const std::vector<int64_t> lengths = {0, 1, 3, 17, 64, 129, 70001, 1};
   for (int32_t from : kDtypes)
     for (int32_t to : {kFloat32, kBFloat16})
       for (int32_t threads : {1, 2, 9}) {
