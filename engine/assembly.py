@@ -24,7 +24,9 @@ from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
+from pipelines.held_out import HeldOut, held_out
 from pipelines.loader import TrainingSource, validation_batches
+from pipelines.overlap import TRAINED_ON
 from pipelines.sampler import Sampler
 from pipelines.sheet import Sheet, load_sheet
 from pipelines.wordpiece import WordPiece
@@ -90,12 +92,17 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
             "model.vocab_size", f"{config.model.vocab_size}, but {sheet.vocabulary} has {len(tokenizer)} entries"
         )
     answers = _shared_answers(rows, sheet)
+    held = _held_out(config, table, rows, sheet, say)
     tokens, scales = task_tokens(config.task_tokens, rows), loss_scale(rows)
     tasks = {}
     for row in rows:
         say(f"reading {row.title}")
-        train, val = _read(row, table, sheet, tokenizer, answers, config, tokens[row.name])
+        train, val = _read(row, table, held, tokenizer, answers, config, tokens[row.name])
+        held.settle(train.data)
+        held.settle(val)
         tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
+    if held.path is not None:
+        say(held.told([task.train.data for task in tasks.values()], [task.val for task in tasks.values()]))
     _verify_stores(tasks, say)
     model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
@@ -118,17 +125,31 @@ def _sheet_path(config: RunConfig, say: Callable[[str], None]) -> Path:
     return ensure(Path(config.world.path), seed=config.world.seed, size=config.world.size)
 
 
+def _held_out(
+    config: RunConfig, table: Table, rows: tuple[TaskRow, ...], sheet: Sheet, say: Callable[[str], None]
+) -> HeldOut:
+    """The test images of all data sets of the sheet, those that this run does not train included."""
+    if config.unclean_data == "allow":
+        say("unclean_data=allow: images that other data sets test on stay in training")
+        return HeldOut(sheet)
+    readers = {name: row.reader for name, row in table.tasks.items()}
+    return held_out(sheet, readers, [row.name for row in rows], say)
+
+
 def _read(
     row: TaskRow,
     table: Table,
-    sheet: Sheet,
+    held: HeldOut,
     tokenizer: WordPiece,
     answers: dict[str, Answers],
     config: RunConfig,
     token: int | None,
 ) -> tuple[TrainingSource, TaskData]:
-    spec = data_spec(row, table.head(row))
-    train, val = (load_task(spec, sheet, split, tokenizer, answers=answers.get(row.head)) for split in ("train", "val"))
+    spec, sheet = data_spec(row, table.head(row)), held.sheet
+    train, val = (
+        load_task(spec, sheet, split, tokenizer, answers=answers.get(row.head), removed=held.keys(row.name, split))
+        for split in TRAINED_ON
+    )
     for data in (train, val):
         if data.target is None and row.loss != "options":
             raise BadInput(f"{sheet.path}: sets.{row.name}.{data.split}", "its annotations hold no answers",

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
+    "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
     "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),
     "world": ("pipelines.world.__main__", "build the embedded world"),
     "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),

@@ -162,6 +162,11 @@ class RunConfig(_Section):
     model: ModelConfig = Field(description="a preset's name (configs/models), a YAML file, or the keys themselves")
     data: str = Field("world", description="path of a data sheet, or `world`: the embedded one")
     world: World = World()
+    unclean_data: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="refuse: leave out what the data sheet's removal list names, and do not start if an image of a test "
+        "split remains in train or val (python -m pipelines.clean makes the list); allow: train on all (Table 2, row 1)",
+    )
     tasks: Literal["all"] | tuple[str, ...] = Field("all", description="names of tasks in round-robin order, or `all`")
     task_rows: tuple[str, ...] = Field((), description="files that add rows to configs/tasks.yaml")
     task_overrides: dict[str, TaskOverride] = Field({}, description="changes to the rows of single tasks")

@@ -40,7 +40,8 @@ METRICS = {
 """Columns of `metrics.jsonl`."""
 
 EVENTS = {
-    "start": "name, config_hash, max_iterations, tasks: [{name, title, group, epoch_iterations}], blind",
+    "start": "name, config_hash, max_iterations, tasks: [{name, title, group, epoch_iterations, examples, "
+    "removed_examples}] (training examples used, and left out as test images), blind",
     "resume": "checkpoint",
     "validation": "task, score, best (highest so far)",
     "decision": "task, state: go or stop from the next iteration on",

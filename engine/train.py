@@ -101,9 +101,10 @@ def _start(config: RunConfig) -> int:
     with _alone_in(folder), Journal(folder) as journal:
         write_atomic(folder / "config.yaml", resolved(config).encode())
         tasks = [
-            {"name": name, "title": task.row.title, "group": task.row.group, "epoch_iterations": task.epoch_iterations}
+            {"name": name, "title": task.row.title, "group": task.row.group, "epoch_iterations": task.epoch_iterations,
+             "examples": len(task.train.data), "removed_examples": task.train.data.removed_examples}
             for name, task in parts.tasks.items()
-        ]
+        ]  # fmt: skip
         journal.event(
             "start", 0, name=config.name, config_hash=config_hash(config), max_iterations=config.max_iterations,
             tasks=tasks, blind=config.blind,

@@ -20,6 +20,7 @@ from pipelines import ragged
 from pipelines.boxes import Float32
 from pipelines.datasets import CHUNK, DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
+from pipelines.held_out import HeldOut, listed
 from pipelines.runs import TASK_TABLE, RunData, read_run
 from pipelines.sheet import Sheet, inspect_sheet
 from pipelines.store.reader import FeatureStore
@@ -32,12 +33,14 @@ UNCUT = 1 << 20
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One row of the table: counts and percentiles of one split."""
+    """One row of the table: counts, and percentiles of what remains of one split."""
 
     task: str
     split: str
     records: int
     images: int
+    removed: int
+    """Records left out, since some data set tests on their image."""
     missing: int
     """Images without features."""
     tokens: tuple[int, ...]
@@ -60,6 +63,7 @@ def check(run: RunData, sheet_path: Path, records: bool = True) -> tuple[list[Sp
     if sheet is None:
         return [], problems
     tokenizer = _tokenizer(sheet, run.vocab_size, problems)
+    held = _listed(sheet, run, problems)
     reports: list[SplitReport] = []
     stores: dict[Path, FeatureStore] = {}
     for spec in run.specs:
@@ -70,7 +74,8 @@ def check(run: RunData, sheet_path: Path, records: bool = True) -> tuple[list[Sp
             if tokenizer is None or not usable or found:
                 continue
             try:
-                data = load_task(replace(spec, max_tokens=UNCUT), sheet, split, tokenizer, allow_missing=True)
+                removed, uncut = held.keys(spec.name, split), replace(spec, max_tokens=UNCUT)
+                data = load_task(uncut, sheet, split, tokenizer, allow_missing=True, removed=removed)
                 problems.extend(_problems(spec, sheet, data))
                 reports.append(report(spec, data))
             except BadInput as problem:
@@ -80,6 +85,15 @@ def check(run: RunData, sheet_path: Path, records: bool = True) -> tuple[list[Sp
     for store in stores.values():
         problems.extend(_store_problems(store, run.feature_size, records))
     return reports, _each_once(problems)
+
+
+def _listed(sheet: Sheet, run: RunData, problems: list[BadInput]) -> HeldOut:
+    """What the sheet's removal list holds out. Without one nothing is: `pipelines.clean` is what compares."""
+    try:
+        return listed(sheet, run.readers) or HeldOut(sheet)
+    except BadInput as problem:
+        problems.append(problem)
+        return HeldOut(sheet)
 
 
 def _tokenizer(sheet: Sheet, vocab_size: int | None, problems: list[BadInput]) -> WordPiece | None:
@@ -109,8 +123,9 @@ def report(spec: DataSpec, data: TaskData) -> SplitReport:
     return SplitReport(
         task=spec.name,
         split=data.split,
-        records=len(data) + data.missing_examples,
-        images=len(images) + len(data.missing_images),
+        records=len(data) + data.missing_examples + data.removed_examples,
+        images=len(images) + len(data.missing_images) + len(data.removed_images),
+        removed=data.removed_examples,
         missing=len(data.missing_images),
         tokens=_percentiles(lengths),
         cut=float((lengths > spec.max_tokens).mean()),
@@ -188,6 +203,7 @@ def table(reports: Sequence[SplitReport]) -> Table:
     for heading in (
         "records",
         "images",
+        "records\nremoved",
         "no\nfeatures",
         "tokens\n50/90/99/max",
         "texts\ncut",
@@ -204,6 +220,7 @@ def table(reports: Sequence[SplitReport]) -> Table:
             row.split,
             f"{row.records:,}",
             f"{row.images:,}",
+            f"{row.removed:,}",
             f"[red]{row.missing:,}[/red]" if row.missing else "0",
             "/".join(map(str, row.tokens)),
             f"{row.cut:.1%}",
@@ -226,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = read_run(arguments.config, arguments.tasks_table, arguments.tasks)
-        sheet = run.sheet if run.sheet is not None else _world(run)
-        reports, problems = check(run, sheet, records=not arguments.skip_records)
+        reports, problems = check(run, run.sheet_path(), records=not arguments.skip_records)
     except BadInput as problem:
         reports, problems = [], [problem]
     if reports:
@@ -235,14 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for found in problems:
         print(f"error: {found}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def _world(run: RunData) -> Path:
-    """The sheet of the embedded world, built if it is not there."""
-    from pipelines.world import ensure  # rendering and its libraries only where a run wants them
-
-    keys = run.world
-    return ensure(Path(str(keys.get("path", ".world"))), int(keys.get("seed", 0)), str(keys.get("size", "default")))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing here keeps a Python object per example: the twelve tasks together have 4
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -95,6 +96,9 @@ class TaskData:
     missing_examples: int = 0
     """Examples left out because an image has no features (only with `allow_missing`)."""
     missing_images: tuple[str, ...] = ()
+    removed_examples: int = 0
+    """Examples left out because some data set tests on their image."""
+    removed_images: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,12 +128,14 @@ def load_task(
     *,
     answers: AnswerVocabulary | None = None,
     allow_missing: bool = False,
+    removed: AbstractSet[str] = frozenset(),
 ) -> TaskData:
     """Read one split of a task.
 
     `answers` defaults to the vocabulary that the sheet names. With `allow_missing`, examples whose image has no
-    features are left out and counted; otherwise they are refused. Raises BadInput, naming the sheet's key, the file,
-    or the example and its image.
+    features are left out and counted; otherwise they are refused. Examples that show an image of `removed` (keys, see
+    `pipelines.held_out`) are left out and counted: NLVR2's if either of their two images is one. Raises BadInput,
+    naming the sheet's key, the file, or the example and its image.
     """
     entry = sheet.entry(spec.name)
     where = f"{sheet.path}: sets.{spec.name}"
@@ -139,7 +145,7 @@ def load_task(
         answers = Answers.load(entry.answers)
     if spec.target == "choices" and entry.candidates is None:
         raise BadInput(f"{where}.candidates", "missing", f"{spec.name} needs the features of its annotated boxes")
-    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, sheet.store(entry.features))
+    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, sheet.store(entry.features), removed)
     if entry.candidates is not None and spec.target == "choices":
         columns.candidates = sheet.store(entry.candidates)
         if columns.candidates.feature_dim != columns.store.feature_dim:
@@ -172,9 +178,11 @@ class _Columns:
         tokenizer: Tokenizer,
         answers: AnswerVocabulary | None,
         store: FeatureStore,
+        removed: AbstractSet[str],
     ) -> None:
         self.spec, self.split, self.where = spec, split, where
         self.tokenizer, self.answers, self.store = tokenizer, answers, store
+        self.removed = removed
         self.candidates: FeatureStore | None = None
         self.candidate_rows = np.full(len(store), -1, np.int32)
         self.ids: list[NDArray[np.generic]] = []
@@ -187,9 +195,11 @@ class _Columns:
         self.answered = 0
         self.missing: dict[str, str] = {}  # image -> first example that wants it
         self.missing_examples = 0
+        self.removed_images: set[str] = set()
+        self.removed_examples = 0
 
     def add(self, examples: list[Example]) -> None:
-        examples = [example for example in examples if self._has_features(example)]
+        examples = [example for example in examples if self._stays(example) and self._has_features(example)]
         if not examples:
             return
         self._check(examples)
@@ -213,7 +223,7 @@ class _Columns:
                 "convert or extract the missing images",
             )
         if not self.ids:
-            raise BadInput(self.where, "no example left" if self.missing else "the annotations hold no example")
+            raise self._empty()
         image_rows = np.concatenate(self.image_rows)
         pool = CaptionPool.of(image_rows[:, 0], self.where) if self.spec.target == "options" else None
         return TaskData(
@@ -233,7 +243,21 @@ class _Columns:
             pool=pool,
             missing_examples=self.missing_examples,
             missing_images=tuple(self.missing),
+            removed_examples=self.removed_examples,
+            removed_images=tuple(sorted(self.removed_images)),
         )
+
+    def _empty(self) -> BadInput:
+        if self.removed_examples and not self.missing:
+            what = f"all of its {self.removed_examples:,} examples show test images"
+            return BadInput(self.where, what, "name annotations of this split; is `source` right?")
+        return BadInput(self.where, "no example left" if self.missing else "the annotations hold no example")
+
+    def _stays(self, example: Example) -> bool:
+        found = [image for image in example.images if image in self.removed]
+        self.removed_images.update(found)
+        self.removed_examples += bool(found)
+        return not found
 
     def _has_features(self, example: Example) -> bool:
         absent = [image for image in example.images if image not in self.store]

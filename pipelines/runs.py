@@ -28,9 +28,20 @@ class RunData:
     world: Mapping[str, Any]
     """path, seed, size: what the run says of the embedded world."""
     specs: tuple[DataSpec, ...]
+    readers: Mapping[str, str]
+    """Reader of every task of the table, of this run or not."""
     vocab_size: int | None = None
     """Rows of the model's word table, where the run names a model."""
     feature_size: int | None = None
+
+    def sheet_path(self) -> Path:
+        """The data sheet; the embedded world is built where it is not there yet."""
+        if self.sheet is not None:
+            return self.sheet
+        from pipelines.world import ensure  # rendering and its libraries only where a run wants them
+
+        keys = self.world
+        return ensure(Path(str(keys.get("path", ".world"))), int(keys.get("seed", 0)), str(keys.get("size", "default")))
 
 
 def read_run(path: Path, table: Path = TASK_TABLE, tasks: Sequence[str] | None = None) -> RunData:
@@ -41,9 +52,10 @@ def read_run(path: Path, table: Path = TASK_TABLE, tasks: Sequence[str] | None =
     keys = _with_bases(path, ())
     files = [table, *(Path(str(file)) for file in keys.get("task_rows") or ())]
     specs = _specs(files)
+    readers = {name: spec.reader for name, (spec, _) in specs.items()}
     if "sets" in keys:
         chosen = list(tasks) if tasks else [str(name) for name in _mapping(path, "sets", keys["sets"])]
-        return RunData(path, {}, _choose(path, specs, chosen))
+        return RunData(path, {}, _choose(path, specs, chosen), readers)
     default = [name for name, (_, by_default) in specs.items() if by_default]
     named = keys.get("tasks", "all")
     configured = default if named == "all" else [str(name) for name in _sequence(path, "tasks", named)]
@@ -55,6 +67,7 @@ def read_run(path: Path, table: Path = TASK_TABLE, tasks: Sequence[str] | None =
         sheet=None if data == "world" else Path(data),
         world=_mapping(path, "world", keys.get("world") or {}),
         specs=tuple(_overridden(spec, overrides.get(spec.name)) for spec in _choose(path, specs, chosen)),
+        readers=readers,
         vocab_size=model.get("vocab_size", 30522) if model else None,
         feature_size=model.get("v_feature_size", 2048) if model else None,
     )
@@ -120,7 +133,8 @@ def _spec(file: Path, name: str, row: Any, heads: Mapping[str, Any]) -> DataSpec
 def _choose(path: Path, specs: Mapping[str, tuple[DataSpec, bool]], names: Sequence[str]) -> tuple[DataSpec, ...]:
     for name in names:
         if name not in specs:
-            raise BadInput(path, f"no task {name!r} in the task table", f"it has {', '.join(specs)}")
+            mend = f"it has {', '.join(specs)}; rows under a run's task_rows need that run's configuration"
+            raise BadInput(path, f"no task {name!r} in the task table", mend)
     return tuple(specs[name][0] for name in names)
 
 

@@ -3,8 +3,11 @@
     format: 1
     root: ../datasets                       # optional: what paths are relative to; by default the sheet's folder
     vocabulary: vocab.txt
+    links: visual_genome/image_data.json    # optional: which images of source visual_genome are images of source coco
+    removed: removed.json                   # optional: what `python -m pipelines.clean` writes, and training leaves out
     sets:
       vqa:
+        source: coco                        # optional: whose images; sets of one source share image keys
         features: features/coco.lmdb        # the store of detected regions
         candidates: …                       # Visual7W, GuessWhat: the store of annotated boxes
         answers: vqa/trainval_label2ans.json
@@ -13,7 +16,8 @@
         val: {…}
         test: {…}                           # optional
 
-`root` is itself relative to the sheet. Whatever is not known is refused by its key path.
+`root` is itself relative to the sheet. Whatever is not known is refused by its key path. A set without `source` has the
+images of the sets that name the same feature store: a store has one set of keys.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.errors import BadInput
 from pipelines.examples import Example
@@ -39,7 +43,14 @@ from pipelines.store.reader import FeatureStore
 
 SPLITS = ("train", "val", "test")
 
+LINKED_SOURCE = "visual_genome"
+"""The source whose images `links` ties to COCO's."""
+
 Reader = Callable[..., Iterator[Example]]
+
+
+class MissingFile(BadInput):
+    """A file that the sheet names is not there."""
 
 
 class SetEntry(BaseModel):
@@ -47,6 +58,7 @@ class SetEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    source: str | None = Field(None, pattern=r"^[a-z0-9_]+$")
     features: Path
     candidates: Path | None = None
     answers: Path | None = None
@@ -66,6 +78,8 @@ class _SheetFile(BaseModel):
     format: Literal[1]
     root: Path = Path()
     vocabulary: Path
+    links: Path | None = None
+    removed: Path | None = None
     sets: dict[str, SetEntry]
 
 
@@ -77,6 +91,8 @@ class Sheet:
     root: Path
     vocabulary: Path
     sets: Mapping[str, SetEntry]
+    links: Path | None = None
+    removed: Path | None = None
     _stores: dict[Path, FeatureStore] = field(default_factory=dict, repr=False, compare=False)
 
     def entry(self, name: str) -> SetEntry:
@@ -84,6 +100,12 @@ class Sheet:
         if name not in self.sets:
             raise BadInput(f"{self.path}: sets", f"no data set {name!r}", f"it has {', '.join(sorted(self.sets))}")
         return self.sets[name]
+
+    def source(self, name: str) -> str:
+        """Whose images the data set shows: two sets of one source mean the same image by the same key."""
+        entry = self.entry(name)
+        beside = (other.source for other in self.sets.values() if other.features == entry.features and other.source)
+        return entry.source or next(beside, os.path.relpath(entry.features, self.root))
 
     def store(self, path: Path) -> FeatureStore:
         """The feature store at `path`. Raises BadInput as `FeatureStore` does."""
@@ -109,6 +131,15 @@ class Sheet:
             return {}, [problem]
         return resolve_arguments(function, getattr(self.entry(name), split), self.root, where)
 
+    def files(self, name: str, split: str, reader: str) -> list[Path]:
+        """The files and folders that one split is read from, there or not. Raises BadInput for unusable arguments."""
+        arguments, problems = self.reader_arguments(name, split, reader)
+        for problem in problems:
+            if not isinstance(problem, MissingFile):
+                raise problem
+        values = (value if isinstance(value, list) else [value] for value in arguments.values())
+        return [value for several in values for value in several if isinstance(value, Path)]
+
 
 def load_sheet(path: Path | str, sets: Iterable[str] | None = None) -> Sheet:
     """Read a data sheet and check that the files of `sets` (default: of all) exist. Raises the first problem found."""
@@ -131,9 +162,10 @@ def inspect_sheet(path: Path, sets: Iterable[str] | None = None) -> tuple[Sheet 
         return None, [_problem(path, item) for item in error.errors()]
     root = _below(path.resolve().parent, parsed.root)
     entries = {name: _resolved(entry, root) for name, entry in parsed.sets.items()}
-    sheet = Sheet(path, root, _below(root, parsed.vocabulary), entries)
+    links, removed = (None if file is None else _below(root, file) for file in (parsed.links, parsed.removed))
+    sheet = Sheet(path, root, _below(root, parsed.vocabulary), entries, links, removed)
     wanted = list(entries) if sets is None else list(sets)
-    return sheet, list(_missing_files(sheet, wanted))
+    return sheet, [*_useless_links(sheet), *_missing_files(sheet, wanted)]
 
 
 def _resolved(entry: SetEntry, root: Path) -> SetEntry:
@@ -149,6 +181,12 @@ def _below(root: Path, path: Path | str) -> Path:
 _FILES = ("features", "candidates", "answers", "hard_negatives")
 
 
+def _useless_links(sheet: Sheet) -> Iterator[BadInput]:
+    if sheet.links is not None and LINKED_SOURCE not in map(sheet.source, sheet.sets):
+        mend = f"give Visual Genome's sets the source {LINKED_SOURCE}, or leave links out"
+        yield BadInput(f"{sheet.path}: links", f"no data set has the source {LINKED_SOURCE}", mend)
+
+
 def _missing_files(sheet: Sheet, sets: list[str]) -> Iterator[BadInput]:
     if not sheet.vocabulary.is_file():
         yield _missing(f"{sheet.path}: vocabulary", sheet.vocabulary)
@@ -162,8 +200,8 @@ def _missing_files(sheet: Sheet, sets: list[str]) -> Iterator[BadInput]:
                 yield _missing(f"{sheet.path}: sets.{name}.{key}", file)
 
 
-def _missing(where: str, file: Path) -> BadInput:
-    return BadInput(where, f"no such file: {file}", "correct the path, or prepare the file")
+def _missing(where: str, file: Path) -> MissingFile:
+    return MissingFile(where, f"no such file: {file}", "correct the path, or prepare the file")
 
 
 def _problem(path: Path, item: Any) -> BadInput:

@@ -9,12 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipelines.errors import BadInput
+from pipelines.overlap import survey
+from pipelines.removal import list_path, removal_list, save_list
+from pipelines.runs import read_run
+from pipelines.sheet import load_sheet
 from pipelines.world.captions import write_coco, write_conceptual_captions, write_flickr
 from pipelines.world.expressions import write_refer, write_visual7w
 from pipelines.world.files import write_json, write_text
@@ -57,7 +62,8 @@ def _identity(seed: int, size: str) -> dict[str, Any]:
     """What makes two worlds the same. The recipe is the code itself: a changed one builds another world."""
     folder = Path(__file__).parent
     recipe = hashlib.sha256()
-    for source in [*sorted(folder.glob("*.py")), folder.parent / "extractor.py"]:
+    others = (folder.parent / f"{name}.py" for name in ("extractor", "overlap", "removal"))
+    for source in [*sorted(folder.glob("*.py")), *others]:
         recipe.update(source.read_bytes())
     return {"format": FORMAT, "seed": seed, "size": size, "recipe": recipe.hexdigest()[:16]}
 
@@ -91,6 +97,7 @@ def _build(path: Path, seed: int, size: str, progress: Progress) -> None:
         write_annotations(plan, partial, progress)
         write_pictures(plan, partial, progress)
         write_text(partial / "sheet.yaml", yaml.safe_dump(sheet(), sort_keys=False, width=120))
+        write_removal_list(partial / "sheet.yaml", progress)
         write_json(partial / "world.json", {
             **_identity(seed, size), "pictures": len(plan.scenes),
             "images": {source: len(images) for source, images in plan.sources.items()},
@@ -132,6 +139,15 @@ def write_annotations(plan: Plan, folder: Path, progress: Progress) -> None:
         progress("annotations", done, len(steps))
 
 
+def write_removal_list(sheet: Path, progress: Progress) -> None:
+    """What `python -m pipelines.clean` would write: a world is clean from the start."""
+    run, loaded = read_run(sheet), load_sheet(sheet)
+    splits = count(start=1)
+    total = sum(len(entry.splits()) for entry in loaded.sets.values())
+    found = survey(loaded, run.readers, loaded.sets, lambda *_: progress("removal list", next(splits), total))
+    save_list(removal_list(found, loaded, run.readers), list_path(loaded))
+
+
 def sheet() -> dict[str, Any]:
     """The data sheet (see `pipelines.sheet`): for every data set its stores, and its reader's arguments by split."""
 
@@ -161,11 +177,16 @@ def sheet() -> dict[str, Any]:
         "sentences": "flickr30k_entities/Sentences", "annotations": "flickr30k_entities/Annotations",
         "images": f"flickr30k_entities/{split}.txt",
     })  # fmt: skip
-    coco, vg, flickr = ({"features": f"features/{source}.lmdb"} for source in ("coco", "vg", "flickr"))
+    coco, vg, flickr, nlvr2_photos = (
+        {"source": source, "features": f"features/{store}.lmdb"}
+        for source, store in (("coco", "coco"), ("visual_genome", "vg"), ("flickr30k", "flickr"), ("nlvr2", "nlvr2"))
+    )
     shared_answers = {"answers": "vqa/trainval_label2ans.json"}
     return {
         "format": 1,
         "vocabulary": "vocab.txt",
+        "links": "visual_genome/image_data.json",
+        "removed": "removed.json",
         "sets": {
             "vqa": {**coco, **shared_answers, **vqa},
             "visual_genome_qa": {**vg, **shared_answers, **genome},
@@ -177,7 +198,7 @@ def sheet() -> dict[str, Any]:
             "refcocog": {**coco, **refer("refcocog", "umd")},
             "visual7w": {**vg, "candidates": "features/visual7w_boxes.lmdb", **pointing},
             "guesswhat_pointing": {**coco, "candidates": "features/guesswhat_boxes.lmdb", **games},
-            "nlvr2": {"features": "features/nlvr2.lmdb", **nlvr2},
+            "nlvr2": {**nlvr2_photos, **nlvr2},
             "snli_ve": {**flickr, **snli_ve},
             "flickr30k_grounding": {**flickr, **grounding},
         },

@@ -40,7 +40,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a run configuration and weights in which nothing is wrong."""
     folder = tmp_path_factory.mktemp("sound")
     sheet = yaml.safe_load(ensure(folder / "world", size="small").read_text())
-    for name in ("vocab.txt", "vqa", "coco_retrieval", STORE):
+    for name in ("vocab.txt", "removed.json", "vqa", "coco_retrieval", STORE):
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         source = folder / "world" / name

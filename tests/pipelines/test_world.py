@@ -26,7 +26,7 @@ FOLDERS = ("vqa", "visual_genome", "gqa", "coco_retrieval", "flickr30k", "flickr
 
 def hashes(world: Path) -> dict[str, str]:
     files = [file for name in FOLDERS for file in sorted((world / name).rglob("*")) if file.is_file()]
-    files += [world / "vocab.txt", world / "sheet.yaml"]
+    files += [world / "vocab.txt", world / "sheet.yaml", world / "removed.json"]
     return {str(file.relative_to(world)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
