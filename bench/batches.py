@@ -174,6 +174,8 @@ def _packed_target(samples: Samples) -> BatchTarget:
             return ChoiceTarget(offsets, places, scores)
         case "classes":
             return ClassTarget(places)
+        case "masked":
+            raise NotImplementedError("the benchmarks' samples are of the twelve tasks")
 
 
 def _region_scores(samples: Samples) -> list[Tensor]:
@@ -219,6 +221,8 @@ def _padded_target(samples: Samples) -> tuple[Tensor, Tensor | None]:
             return _padded([a.scores for a in answers], slots)[..., None], index
         case "classes":
             return one_hot(torch.cat([a.places for a in answers]), samples.head.outputs), None
+        case "masked":
+            raise NotImplementedError("the benchmarks' samples are of the twelve tasks")
 
 
 def _padded(items: list[Tensor], length: int, fill: int = 0) -> Tensor:

@@ -26,7 +26,9 @@ from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
 from pipelines.held_out import HeldOut, held_out
 from pipelines.loader import TrainingSource, validation_batches
+from pipelines.masking import Masking
 from pipelines.overlap import TRAINED_ON
+from pipelines.pretraining import check_classes
 from pipelines.sampler import Sampler
 from pipelines.sheet import Sheet, load_sheet
 from pipelines.wordpiece import WordPiece
@@ -75,6 +77,7 @@ class Parts:
             share=self.config.share_prefixes,
             blind=self.config.blind if blind is None else blind,
             max_examples=self.config.validation.max_examples,
+            masking=task.train.masking,
         )
 
 
@@ -84,6 +87,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     device = device_of(config)
     if config.cuda_graphs:
         refuse_without_gpu(device)
+        _refuse_without_buckets(rows)
     use_kernels(config, device, say)
     sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
@@ -106,6 +110,13 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     _verify_stores(tasks, say)
     model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
+
+
+def _refuse_without_buckets(rows: tuple[TaskRow, ...]) -> None:
+    for row in rows:
+        if row.loss == "masked":
+            what = f"{row.name}: what pretraining hides differs in number from batch to batch, and has no shape buckets"
+            raise BadInput("cuda_graphs", what, "cuda_graphs: false")
 
 
 def data_spec(row: TaskRow, head: HeadRow) -> DataSpec:
@@ -151,7 +162,7 @@ def _read(
         for split in TRAINED_ON
     )
     for data in (train, val):
-        if data.target is None and row.loss != "options":
+        if data.target is None and row.loss not in ("options", "masked"):
             raise BadInput(f"{sheet.path}: sets.{row.name}.{data.split}", "its annotations hold no answers",
                            "train and validate on splits that publish theirs")  # fmt: skip
     width = train.store.feature_dim
@@ -161,8 +172,13 @@ def _read(
         )
     sampler = Sampler(len(train), row.batch, config.seed, row.number)
     grid = Grid.fitting(config.model.max_position_embeddings) if config.cuda_graphs else None
+    masking = None
+    if row.loss == "masked":
+        masking = Masking(mask_token=tokenizer.mask, vocabulary=len(tokenizer), **config.masking.model_dump())
+        for data in (train, val):
+            check_classes(data, config.model.v_target_size)
     return TrainingSource(
-        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid
+        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid, masking
     ), val  # fmt: skip
 
 
@@ -197,9 +213,11 @@ def _model(
     specs = {}
     for row in rows:
         head = table.head(row)
+        if head.kind == "masked":
+            continue
         outputs = len(answers[row.head]) if head.kind == "answers" else head.classes or 1
         specs[row.head] = HeadSpec(head.kind, outputs)
-    model = ViLBERT(config.model, specs)
+    model = ViLBERT(config.model, specs, pretraining=any(row.loss == "masked" for row in rows))
     model.initialise(config.seed)
     if config.initial_text is not None:
         count = load_bert(model, Path(config.initial_text))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.losses import ACCEPTED_IOU
-from pipelines.batch import Batch, ChoiceTarget, ClassTarget, OptionTarget, RegionTarget, SoftLabelTarget
+from pipelines.batch import Batch, ChoiceTarget, ClassTarget, MaskedTarget, OptionTarget, RegionTarget, SoftLabelTarget
 from pipelines.datasets import TaskData
 from pipelines.targets import Classes, SoftLabels
 
@@ -45,6 +45,8 @@ def _score_of(answer: int, batch: Batch) -> torch.Tensor:
 def _chance(batch: Batch) -> torch.Tensor:
     """float64 [B]: share of an example's options that are right."""
     target = batch.target
+    if isinstance(target, MaskedTarget):
+        return torch.full((batch.examples,), 0.5, dtype=torch.float64)  # matched or not
     if isinstance(target, OptionTarget):
         return torch.full((batch.examples,), batch.examples / batch.n_pairs, dtype=torch.float64)
     if isinstance(target, ChoiceTarget):

@@ -123,6 +123,18 @@ class Curriculum(_Section):
         return self
 
 
+class Masking(_Section):
+    """What pretraining hides (paper section 3.1). Read by tasks whose loss is `masked`."""
+
+    words: float = Field(0.15, ge=0, le=1, description="share of word pieces; of these 80 % [MASK], 10 % a random word")
+    regions: float = Field(0.15, ge=0, le=1, description="share of regions; of these 90 % lose their features")
+    unmatched: float = Field(0.5, ge=0, le=1, description="share of images that get another image's caption")
+    overlap: Literal["paper", "authors"] = Field(
+        "paper", description="regions that overlap a chosen one lose their features too, or as the authors coded it"
+    )
+    iou: float = Field(0.4, ge=0, le=1, description="overlap above which a region gives a chosen one away")
+
+
 class Validation(_Section):
     """Scoring once per task epoch."""
 
@@ -186,6 +198,7 @@ class RunConfig(_Section):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 keeps float32 master weights")
     stopgo: StopGo = StopGo()
     curriculum: Curriculum = Curriculum()
+    masking: Masking = Masking()
     validation: Validation = Validation()
     guard: Guard = Guard()
     logging: Logging = Logging()

@@ -21,6 +21,8 @@ class Window:
     score: float = 0.0
     grad_norm: float = 0.0
     skipped: int = 0
+    parts: list[float] = field(default_factory=list)
+    """Sums of the parts of a loss that is a sum."""
 
 
 @dataclass

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.losses import PretrainingTarget
 from pipelines.batch import (
     Batch,
     BatchTarget,
     ChoiceTarget,
     ClassTarget,
+    MaskedTarget,
     OptionTarget,
     RegionTarget,
     SoftLabelTarget,
@@ -162,21 +162,21 @@ def shared_batch(t: dict[str, Tensor], tasks: list[GoldenTask]) -> Batch:
     )  # fmt: skip
 
 
-def pretraining_batch(t: dict[str, Tensor]) -> tuple[Batch, PretrainingTarget]:
-    """The pretraining batch (no task token) and what is masked in it, by packed row."""
-    batch = pack_padded("pretraining", t["input_ids"], t["input_mask"], t, None, None, t["input_ids"].shape[0])
+def pretraining_batch(t: dict[str, Tensor]) -> Batch:
+    """The pretraining batch (no task token), and what is masked in it, by packed row."""
     words = t["masked_lm_labels"][t["input_mask"].bool()]
     regions = torch.cat((torch.zeros_like(t["masked_region_labels"][:, :1]), t["masked_region_labels"]), 1)
     image_mask = t["image_mask"].bool()
     selected = (regions == 1) & image_mask
     distribution = torch.cat((torch.zeros_like(t["region_target"][:, :1]), t["region_target"]), 1)
-    return batch, PretrainingTarget(
+    target = MaskedTarget(
         word_rows=(words >= 0).nonzero()[:, 0],
         word_labels=words[words >= 0],
         region_rows=selected[image_mask].nonzero()[:, 0],
         region_target=distribution[selected],
         unmatched=t["unmatched"],
     )
+    return pack_padded("pretraining", t["input_ids"], t["input_mask"], t, None, target, t["input_ids"].shape[0])
 
 
 def _soft_labels(t: dict[str, Tensor]) -> BatchTarget:

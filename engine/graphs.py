@@ -30,8 +30,8 @@ LIMIT = 128
 """Graphs kept. Of the twelve tasks' steps with real lengths nine in ten fall into 100 buckets with batches of 16, into 140 with
 the published ones (python -m bench.buckets)."""
 
-Work = Callable[[Batch, Randomness], tuple[Tensor, Tensor]]
-"""Forward, loss and backward: (loss, mean score); leaves gradients in the parameters."""
+Work = Callable[[Batch, Randomness], Tensor]
+"""Forward, loss and backward: float32 [n] results, the loss and the mean score first; leaves gradients in the parameters."""
 
 
 class Recorder(Protocol):
@@ -77,7 +77,7 @@ class Counters:
 @dataclass(frozen=True)
 class _Graph:
     replay: Callable[[], None]
-    results: Tensor  # float32 [2]: loss, mean score
+    results: Tensor
     slab: Tensor
     """Where it reads its batch."""
     gradients: list[tuple[nn.Parameter, Tensor]]
@@ -102,8 +102,8 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: set[Hashable] = set()
 
-    def run(self, key: Hashable, batch: Batch, random: Randomness, work: Work) -> tuple[Tensor, Tensor]:
-        """(loss, mean score) of `work`, device scalars; gradients are left in the parameters.
+    def run(self, key: Hashable, batch: Batch, random: Randomness, work: Work) -> Tensor:
+        """What `work` gives, on the device; gradients are left in the parameters.
 
         `batch` is padded to a bucket (`pipelines.buckets.pad`) and still on the host. `key` stands for everything in `work`
         that is not in the batch's shapes: two works under one key must do the same.
@@ -123,17 +123,15 @@ class Graphs:
         if graph is None and where not in self._seen:
             self._seen.add(where)
             self.counters.eager += 1
-            loss, score = self._recorder.run(lambda: torch.stack(work(static, random))).unbind()
-            return loss, score
+            return self._recorder.run(lambda: work(static, random))
         if graph is None:
-            graph = self._record(where, slab, lambda: torch.stack(work(static, random)))
+            graph = self._record(where, slab, lambda: work(static, random))
         self._graphs.move_to_end(where)
         graph.replay()
         self.counters.replays += 1
         for parameter, gradient in graph.gradients:
             parameter.grad = gradient
-        loss, score = graph.results.clone().unbind()  # the next replay overwrites them
-        return loss, score
+        return graph.results.clone()  # the next replay overwrites them
 
     def _memory(self, batch: Tensor) -> Tensor:
         """The static slab, grown where this batch does not fit. Graphs recorded before keep theirs."""

@@ -28,6 +28,7 @@ METRICS = {
     "state": "go or stop",
     "loss": "mean training loss since the task's last row, before the loss scale",
     "score": "mean training score over the same steps, in [0, 1]",
+    "loss_parts": "where the loss is a sum (pretraining), the means of its parts by name; else empty",
     "lr": "the trunk's learning rate in this iteration",
     "grad_norm": "mean norm of the gradient over these steps",
     "steps": "steps of this task since the start of the run",
@@ -43,7 +44,7 @@ EVENTS = {
     "start": "name, config_hash, max_iterations, tasks: [{name, title, group, epoch_iterations, examples, "
     "removed_examples}] (training examples used, and left out as test images), blind",
     "resume": "checkpoint",
-    "validation": "task, score, best (highest so far)",
+    "validation": "task, score, best (highest so far), loss, loss_parts",
     "decision": "task, state: go or stop from the next iteration on",
     "phase": "tasks: those of the next phase of the curriculum",
     "checkpoint": "path",

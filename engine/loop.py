@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from engine.schedule import longest_task_iterations, multiplier, warmup_iteratio
 from engine.step import StepResult, train_step
 from engine.stopgo import Decision, new_controller, restore
 from engine.tasks import MAX_TASK_NUMBER
-from engine.validation import Interrupted, validate
+from engine.validation import Interrupted, Validated, validate
 from pipelines.errors import BadInput
 from pipelines.loader import Loader
 
@@ -51,7 +52,9 @@ class Listener:
     def window(self, iteration: int, task: str, window: Window, clock: Clock, lr: float, decision: Decision) -> None:
         """A task's steps since the last log iteration."""
 
-    def validated(self, iteration: int, task: str, score: float, best: float, decision: Decision, turned: bool) -> None:
+    def validated(
+        self, iteration: int, task: str, found: Validated, best: float, decision: Decision, turned: bool
+    ) -> None:
         """A validation and the decision after it."""
 
     def phase_ended(self, iteration: int, tasks: Sequence[str]) -> None:
@@ -201,16 +204,16 @@ class Loop:
     def _validate(self, name: str) -> None:
         task, c = self.parts.tasks[name], self.cursor
         batches = self.parts.validation(task)
-        score = validate(
+        found = validate(
             self.parts.model, batches, task.row.head, self.parts.device, self.config.share_prefixes, self.stop_asked
         )
         before = self.decision(name)
-        self.controllers[name].update(score)
+        self.controllers[name].update(found.score)
         c.controllers[name] = self.controllers[name].state_dict()
-        c.scores[name] = score
-        c.best[name] = max(score, c.best.get(name, score))
+        c.scores[name] = found.score
+        c.best[name] = max(found.score, c.best.get(name, found.score))
         after = self.decision(name)
-        self.listener.validated(c.iteration, name, score, c.best[name], after, before is not after)
+        self.listener.validated(c.iteration, name, found, c.best[name], after, before is not after)
 
     def _end_iteration(self) -> None:
         c, config = self.cursor, self.config
@@ -243,8 +246,10 @@ class Loop:
         """The only place where the loop waits for the device: all results since the last time, in one transfer."""
         if not self._pending:
             return
-        stacked = torch.stack([_as_row(result) for _, _, result in self._pending]).tolist()
-        for (name, examples, _), (loss, score, grad_norm, skipped) in zip(self._pending, stacked, strict=True):
+        rows = [_as_row(result) for _, _, result in self._pending]
+        values = iter(torch.cat(rows).tolist())
+        for (name, examples, _), row in zip(self._pending, rows, strict=True):
+            loss, score, grad_norm, skipped, *parts = islice(values, row.numel())
             window = self.cursor.windows.setdefault(name, Window())
             window.steps += 1
             window.skipped += int(skipped)
@@ -260,6 +265,7 @@ class Loop:
                 window.loss += loss
                 window.score += score
                 window.grad_norm += grad_norm
+                window.parts = [a + b for a, b in zip(window.parts or [0.0] * len(parts), parts, strict=True)]
         self._pending.clear()
 
     def _save(self) -> None:
@@ -275,4 +281,4 @@ class Loop:
 
 
 def _as_row(result: StepResult) -> Tensor:
-    return torch.stack((result.loss, result.score, result.grad_norm, result.skipped))
+    return torch.cat((torch.stack((result.loss, result.score, result.grad_norm, result.skipped)), result.parts))

@@ -22,6 +22,7 @@ from pipelines.batch import (
     Batch,
     ChoiceTarget,
     ClassTarget,
+    MaskedTarget,
     OptionTarget,
     RegionTarget,
     SoftLabelTarget,
@@ -115,23 +116,16 @@ def _ragged_argmax(values: Tensor, offsets: Tensor) -> Tensor:
     return first.clamp(max=values.numel() - 1)
 
 
-@dataclass(frozen=True)
-class PretrainingTarget:
-    """What was masked, by packed row. All pairs are their own text and image here."""
-
-    word_rows: Tensor  # int64 [m], rows of the packed texts
-    word_labels: Tensor  # int64 [m]
-    region_rows: Tensor  # int64 [k], rows of the packed images
-    region_target: Tensor  # float32 [k, classes], the detector's distribution
-    unmatched: Tensor  # int64 [P], 1 = the caption is of another image
-
-
 def pretraining_losses(
-    model: ViLBERT, batch: Batch, target: PretrainingTarget, random: Randomness
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(masked words, masked regions, alignment), paper section 3.1; every pair of the batch takes part in alignment."""
-    heads = model.pretraining
-    assert heads is not None
+    model: ViLBERT, batch: Batch, random: Randomness
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((masked words, masked regions, alignment), score [P]), paper section 3.1.
+
+    Every pair takes part in alignment, and scores 1 where it is told right; what is hidden of a pair without its own caption
+    is not asked for (the target names none of it). A loss over nothing is 0.
+    """
+    target, heads = batch.target, model.pretraining
+    assert isinstance(target, MaskedTarget) and heads is not None
     streams = model.trunk(batch, Need.ALL, random)
     w = heads.fields()
     words = model.trunk.text_embedding.fields()["words"]
@@ -141,5 +135,28 @@ def pretraining_losses(
     word_loss = masked_lm_loss(text, words, w["decoder_bias"], target.word_labels)
     region_loss = masked_region_loss(image, w["classes"], w["classes_bias"], target.region_target)
     pooled = model.trunk.pooled(streams, random, pretraining=True)
-    alignment = F.cross_entropy(F.linear(pooled, w["align"], w["align_bias"]).float(), target.unmatched)
-    return word_loss, region_loss, alignment
+    matches = F.linear(pooled, w["align"], w["align_bias"]).float()
+    alignment = F.cross_entropy(matches, target.unmatched)
+    score = (matches.detach().argmax(-1) == target.unmatched).float()
+    return (word_loss, region_loss, alignment), score
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of a batch."""
+
+    loss: Tensor
+    """float32 scalar, with a gradient where there is one."""
+    score: Tensor
+    """float32 [B]."""
+    parts: tuple[Tensor, ...] = ()
+    """Where the loss is a sum, its parts (`engine.tasks.LOSS_PARTS` has their names)."""
+
+
+def outcome(model: ViLBERT, batch: Batch, head: str, random: Randomness, share: bool = True) -> Outcome:
+    """Forward and loss of one batch, by what it asks for."""
+    if isinstance(batch.target, MaskedTarget):
+        parts, score = pretraining_losses(model, batch, random)
+        return Outcome(torch.stack(parts).sum(), score, parts)
+    loss, score = loss_and_score(model(batch, head, random, share), batch)
+    return Outcome(loss, score)

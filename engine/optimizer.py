@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.flat import FlatBlock
-from engine.model.vilbert import ViLBERT
+from engine.model.vilbert import PRETRAINING, ViLBERT
 from kernels import huge_pages
 from kernels.adamw import adamw, square_sum
 
@@ -42,7 +42,7 @@ class Optimizer:
             lr = head_lr.get(name, base_lr) if isinstance(head_lr, Mapping) else head_lr
             self.units[name] = _Unit(head, settings, base_lr if lr is None else lr)
         if model.pretraining is not None:
-            self.units["pretraining"] = _Unit(model.pretraining, settings, base_lr)
+            self.units[PRETRAINING] = _Unit(model.pretraining, settings, base_lr)
         self._started: set[str] = set()
 
     def step(self, head: str, lr_multiplier: float, loss: Tensor) -> tuple[Tensor, Tensor]:

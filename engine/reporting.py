@@ -14,7 +14,8 @@ from engine.cursor import Cursor, Window
 from engine.journal import Journal
 from engine.loop import Clock, Listener
 from engine.stopgo import Decision
-from engine.validation import validate
+from engine.tasks import LOSS_PARTS
+from engine.validation import Validated, validate
 
 
 class Reporter(Listener):
@@ -43,6 +44,7 @@ class Reporter(Listener):
             state=str(decision),
             loss=view.loss,
             score=window.score / done if done else None,
+            loss_parts=self._parts(task, [part / done for part in window.parts]) if done else {},
             lr=lr,
             grad_norm=window.grad_norm / done if done else None,
             steps=self.cursor.consumed[task],
@@ -53,10 +55,15 @@ class Reporter(Listener):
             data_wait_ms=1000 * clock.wait / window.steps,
         )
 
-    def validated(self, iteration: int, task: str, score: float, best: float, decision: Decision, turned: bool) -> None:
+    def validated(
+        self, iteration: int, task: str, found: Validated, best: float, decision: Decision, turned: bool
+    ) -> None:
         """See `Listener`."""
-        self.views[task] = replace(self.views[task], state=decision, score=score, best=best)
-        self.journal.event("validation", iteration, task=task, score=score, best=best)
+        self.views[task] = replace(self.views[task], state=decision, score=found.score, best=best)
+        parts = self._parts(task, found.parts)
+        self.journal.event(
+            "validation", iteration, task=task, score=found.score, best=best, loss=found.loss, loss_parts=parts
+        )
         if turned:
             self.journal.event("decision", iteration, task=task, state=str(decision))
             self.console.message(f"iteration {iteration}: {task} {'wakes up' if decision is Decision.GO else 'stops'}")
@@ -101,4 +108,8 @@ class Reporter(Listener):
         """The trained model's score; `blind`: with its eyes closed, every region feature zeroed."""
         task = self.parts.tasks[name]
         batches = self.parts.validation(task, blind)
-        return validate(self.parts.model, batches, task.row.head, self.parts.device, self.parts.config.share_prefixes)
+        found = validate(self.parts.model, batches, task.row.head, self.parts.device, self.parts.config.share_prefixes)
+        return found.score
+
+    def _parts(self, task: str, values: Sequence[float]) -> dict[str, float]:
+        return dict(zip(LOSS_PARTS.get(self.parts.tasks[task].row.loss, ()), values, strict=True))

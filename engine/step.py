@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from engine.graphs import Graphs
-from engine.losses import loss_and_score
+from engine.losses import outcome
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer
@@ -23,6 +24,8 @@ class StepResult:
     score: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    parts: Tensor
+    """float32 [k]: the parts of a loss that is a sum; empty for others."""
 
 
 def train_step(
@@ -42,15 +45,16 @@ def train_step(
     The batch is on the device; with `graphs` it is padded to a shape bucket, on the host, and copied by them.
     """
     work = partial(forward_backward, model, head, loss_scale, share)
-    loss, score = work(batch, random) if graphs is None else graphs.run((head, loss_scale, share), batch, random, work)
+    results = work(batch, random) if graphs is None else graphs.run((head, loss_scale, share), batch, random, work)
+    loss, score = results[0], results[1]
     grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
-    return StepResult(loss, score, grad_norm, skipped)
+    return StepResult(loss, score, grad_norm, skipped, results[2:])
 
 
 def forward_backward(
     model: ViLBERT, head: str, loss_scale: float, share: bool, batch: Batch, random: Randomness
-) -> tuple[Tensor, Tensor]:
-    """(loss, mean score), float32 scalars; the gradients of loss * loss_scale are left in the parameters."""
-    loss, score = loss_and_score(model(batch, head, random, share), batch)
-    (loss * loss_scale).backward()
-    return loss.detach(), score.mean()
+) -> Tensor:
+    """float32 [2 + parts]: loss, mean score, the loss's parts. The gradients of loss * loss_scale stay in the parameters."""
+    found = outcome(model, batch, head, random, share)
+    (found.loss * loss_scale).backward()
+    return torch.stack((found.loss.detach(), found.score.mean(), *(part.detach() for part in found.parts)))

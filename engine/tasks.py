@@ -20,9 +20,11 @@ TASKS_FILE = CONFIGS / "tasks.yaml"
 MAX_TASK_NUMBER = 64
 """Task numbers stay below it, so that (iteration, number) makes one coordinate of random draws."""
 
-HeadKind = Literal["answers", "match", "regions", "paired_classes", "classes"]
-LossKind = Literal["soft_labels", "options", "regions", "choices", "classes"]
-MetricKind = Literal["soft_accuracy", "option_accuracy", "region_accuracy", "choice_accuracy", "class_accuracy"]
+HeadKind = Literal["answers", "match", "regions", "paired_classes", "classes", "masked"]
+LossKind = Literal["soft_labels", "options", "regions", "choices", "classes", "masked"]
+MetricKind = Literal[
+    "soft_accuracy", "option_accuracy", "region_accuracy", "choice_accuracy", "class_accuracy", "alignment_accuracy"
+]
 TaskTokens = Literal["dataset", "head", "none"]
 
 LOSSES: dict[HeadKind, tuple[LossKind, ...]] = {
@@ -31,6 +33,7 @@ LOSSES: dict[HeadKind, tuple[LossKind, ...]] = {
     "regions": ("regions", "choices"),
     "paired_classes": ("classes",),
     "classes": ("classes",),
+    "masked": ("masked",),
 }
 """Which losses can read the output of which head."""
 
@@ -40,8 +43,12 @@ METRICS: dict[LossKind, MetricKind] = {
     "regions": "region_accuracy",
     "choices": "choice_accuracy",
     "classes": "class_accuracy",
+    "masked": "alignment_accuracy",
 }
 """Which metric scores the targets of which loss."""
+
+LOSS_PARTS: dict[LossKind, tuple[str, ...]] = {"masked": ("masked_words", "masked_regions", "alignment")}
+"""Losses that are a sum, and its parts."""
 
 
 class _Row(BaseModel):
@@ -84,6 +91,7 @@ class TaskRow(_Row):
     loss: LossKind = Field(description="what is minimised; must fit the head's kind")
     metric: MetricKind = Field(description="what validation reports, in [0, 1], higher is better; must fit the loss")
     default: bool = Field(True, description="part of `tasks: all`")
+    token: bool = Field(True, description="whether its texts carry a task token; pretraining's do not")
 
     @model_validator(mode="after")
     def _metric_fits_loss(self) -> Self:
@@ -165,11 +173,11 @@ def task_tokens(mode: TaskTokens, tasks: Sequence[TaskRow]) -> dict[str, int | N
 
     `dataset`: its own number. `head`: the smallest number among `tasks` that share its head. `none`: no task token.
     """
-    if mode == "none":
-        return {task.name: None for task in tasks}
-    if mode == "dataset":
-        return {task.name: task.number for task in tasks}
-    return {task.name: min(other.number for other in tasks if other.head == task.head) for task in tasks}
+
+    def token(task: TaskRow) -> int:
+        return task.number if mode == "dataset" else min(other.number for other in tasks if other.head == task.head)
+
+    return {task.name: token(task) if task.token and mode != "none" else None for task in tasks}
 
 
 def base_lr(tasks: Sequence[TaskRow]) -> float:

@@ -58,7 +58,19 @@ class ClassTarget:
     index: Tensor  # int64 [B]
 
 
-BatchTarget = SoftLabelTarget | OptionTarget | RegionTarget | ChoiceTarget | ClassTarget
+@dataclass(frozen=True)
+class MaskedTarget:
+    """Pretraining: what was hidden, by packed row, of captions that belong to their image. Every pair has its own text and
+    image."""
+
+    word_rows: Tensor  # int64 [m], rows of the packed texts
+    word_labels: Tensor  # int64 [m]
+    region_rows: Tensor  # int64 [k], rows of the packed images
+    region_target: Tensor  # float32 [k, classes], the detector's distribution
+    unmatched: Tensor  # int64 [P], 1 = the caption is of another image
+
+
+BatchTarget = SoftLabelTarget | OptionTarget | RegionTarget | ChoiceTarget | ClassTarget | MaskedTarget
 
 
 @dataclass(frozen=True)

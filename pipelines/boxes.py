@@ -29,6 +29,17 @@ def iou_inclusive(a: ArrayLike, b: ArrayLike) -> Float32:
     return np.asarray(iou, dtype=np.float32)
 
 
+def paired_iou(a: Float32, b: Float32) -> Float32:
+    """IoU of box i of `a` [n, 4] with box i of `b` [n, 4], float32 [n], by the convention of `iou_inclusive`."""
+    first, second = a.astype(np.float64), b.astype(np.float64)
+    size = np.minimum(first[:, 2:], second[:, 2:]) - np.maximum(first[:, :2], second[:, :2]) + 1
+    shared = np.clip(size, 0, None).prod(axis=1)
+    areas = [np.clip(boxes[:, 2:] - boxes[:, :2] + 1, 0, None).prod(axis=1) for boxes in (first, second)]
+    union = areas[0] + areas[1] - shared
+    iou = np.divide(shared, union, out=np.zeros_like(shared), where=(shared > 0) & (union > 0))
+    return iou.astype(np.float32)
+
+
 def _area_inclusive(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     sides = np.clip(boxes[..., 2:] - boxes[..., :2] + 1, 0, None)
     return np.asarray(sides[..., 0] * sides[..., 1])

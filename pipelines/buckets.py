@@ -24,6 +24,7 @@ from pipelines.batch import (
     BatchTarget,
     ChoiceTarget,
     ClassTarget,
+    MaskedTarget,
     OptionTarget,
     RegionTarget,
     SoftLabelTarget,
@@ -203,6 +204,8 @@ def _pad_target(target: BatchTarget | None, dummy_regions: list[int]) -> dict[st
             }
         case OptionTarget(index) | ClassTarget(index):
             return {"index": [index]}
+        case MaskedTarget():
+            raise ValueError("what pretraining hides differs in number from batch to batch: it has no buckets")
         case None:
             return {}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.boxes import Float32, xywh_to_xyxy
+from pipelines.boxes import Float32, paired_iou, xywh_to_xyxy
 from pipelines.errors import BadInput
 from pipelines.examples import Choice, Example
 from pipelines.store.reader import FeatureStore
-from pipelines.targets import paired_iou
 
 
 def tie(example: Example, store: FeatureStore, max_regions: int, where: str) -> tuple[str, int]:

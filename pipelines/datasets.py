@@ -34,7 +34,7 @@ from pipelines.targets import (
     concatenate,
 )
 
-TargetKind = Literal["soft_labels", "options", "regions", "choices", "classes"]
+TargetKind = Literal["soft_labels", "options", "regions", "choices", "classes", "masked"]
 
 CHUNK = 65_536
 """Examples held as Python objects at a time while a split is read."""
@@ -289,7 +289,7 @@ class _Columns:
                 self.candidate_rows[self.store.index([image])] = row
         targets = [example.target for example in examples if example.target is not None]
         self.answered += len(targets)
-        if len(targets) == len(examples) and self.spec.target != "options":
+        if len(targets) == len(examples) and self.spec.target not in ("options", "masked"):
             self.targets.append(self._columns(targets))
 
     def _columns(self, targets: list[Any]) -> TargetColumns:

@@ -16,7 +16,9 @@ import torch
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import TaskData
+from pipelines.masking import Masking
 from pipelines.packing import pack
+from pipelines.pretraining import pack_masked
 from pipelines.sampler import Sampler
 
 BatchSource = Callable[[int], Batch]
@@ -35,20 +37,22 @@ class TrainingSource:
     blind: bool = False
     grid: Grid | None = None
     """Pads batches to shape buckets on this grid."""
+    masking: Masking | None = None
+    """Pretraining: what is hidden."""
+    threads: int = 1
+    """How many copy a batch's features."""
 
     def __call__(self, step: int) -> Batch:
+        indices, epoch, seed = self.sampler.indices(step), self.sampler.epoch(step), self.sampler.seed
+        if self.masking is not None:
+            return pack_masked(
+                self.data, indices, self.masking, epoch=epoch, seed=seed, training=True, dtype=self.dtype,
+                blind=self.blind, threads=self.threads,
+            )  # fmt: skip
         return pack(
-            self.data,
-            self.sampler.indices(step),
-            epoch=self.sampler.epoch(step),
-            seed=self.sampler.seed,
-            training=True,
-            task_token=self.task_token,
-            dtype=self.dtype,
-            share=self.share,
-            blind=self.blind,
-            grid=self.grid,
-        )
+            self.data, indices, epoch=epoch, seed=seed, training=True, task_token=self.task_token, dtype=self.dtype,
+            share=self.share, blind=self.blind, grid=self.grid, threads=self.threads,
+        )  # fmt: skip
 
 
 def validation_batches(
@@ -61,21 +65,19 @@ def validation_batches(
     share: bool = True,
     blind: bool = False,
     max_examples: int | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
-    """A split in its own order, each example once; retrieval's wrong options are the same at every pass."""
+    """A split in its own order, each example once; wrong options and what is hidden are the same at every pass."""
     count = len(data) if max_examples is None else min(len(data), max_examples)
     for start in range(0, count, batch):
-        yield pack(
-            data,
-            np.arange(start, min(start + batch, count)),
-            epoch=0,
-            seed=seed,
-            training=False,
-            task_token=task_token,
-            dtype=dtype,
-            share=share,
-            blind=blind,
-        )
+        indices = np.arange(start, min(start + batch, count))
+        if masking is not None:
+            yield pack_masked(data, indices, masking, epoch=0, seed=seed, training=False, dtype=dtype, blind=blind)
+        else:
+            yield pack(
+                data, indices, epoch=0, seed=seed, training=False, task_token=task_token, dtype=dtype, share=share,
+                blind=blind,
+            )  # fmt: skip
 
 
 class Loader:

@@ -54,10 +54,59 @@ def pack(
         k = len(texts) // len(indices)
         unique_texts, pair_text = _unique_within(texts.reshape(-1, k), share)
         unique_images, pair_image = _unique_within(images.reshape(-1, k), share)
-    token_ids, cu_texts = _pack_texts(data, unique_texts, task_token)
-    regions = _Regions.of(data, unique_images)
+    token_ids, cu_texts = pack_texts(data, unique_texts, task_token)
+    regions = Regions.of(data, unique_images)
     pixels = regions.pixels()
-    batch = Batch(
+    target = _target(data, indices, regions, pixels, pair_image, training)
+    batch = skeleton(
+        data,
+        indices,
+        unique_texts,
+        token_ids,
+        cu_texts,
+        regions,
+        pixels,
+        pair_text,
+        pair_image,
+        target,
+        task_token,
+        dtype,
+    )
+    if grid is not None:
+        batch = buckets.pad(batch, grid)
+    batch = in_one_slab(batch, arena().take)
+    if blind:
+        batch.features.zero_()
+    else:
+        regions.fill(batch.features, threads)
+    return batch
+
+
+@cache
+def arena() -> Arena:
+    """The process's memory for batches."""
+    return Arena(pin=torch.cuda.is_available())
+
+
+def skeleton(
+    data: TaskData,
+    indices: Indices,
+    texts: Indices,
+    token_ids: NDArray[np.int64],
+    cu_texts: ragged.Offsets,
+    regions: Regions,
+    pixels: Float32,
+    pair_text: NDArray[np.int64],
+    pair_image: NDArray[np.int64],
+    target: BatchTarget | None,
+    task_token: int | None,
+    dtype: torch.dtype,
+) -> Batch:
+    """Everything of a batch but its features, which have a shape and no values yet (device `meta`).
+
+    `texts`: the example that each text is of, int64 [n_texts]. `pixels`: the regions' boxes.
+    """
+    return Batch(
         task=data.spec.name,
         examples=len(indices),
         task_token=task_token,
@@ -68,31 +117,17 @@ def pack(
         cu_images=torch.from_numpy(regions.cu_images.astype(np.int32)),
         pair_text=torch.from_numpy(pair_text),
         pair_image=torch.from_numpy(pair_image),
-        text_key=torch.from_numpy(text_keys(data.spec.number, unique_texts)),
-        image_key=torch.from_numpy(data.image_keys[unique_images]),
-        target=_target(data, indices, regions, pixels, pair_image, training),
+        text_key=torch.from_numpy(text_keys(data.spec.number, texts)),
+        image_key=torch.from_numpy(data.image_keys[regions.images]),
+        target=target,
         max_text=int(np.diff(cu_texts).max()),
         max_image=int(np.diff(regions.cu_images).max()),
         example_ids=tuple(data.ids[indices].tolist()),
     )
-    if grid is not None:
-        batch = buckets.pad(batch, grid)
-    batch = in_one_slab(batch, _arena().take)
-    if blind:
-        batch.features.zero_()
-    else:
-        regions.fill(batch.features, threads)
-    return batch
-
-
-@cache
-def _arena() -> Arena:
-    """The process's memory for batches."""
-    return Arena(pin=torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
-class _Regions:
+class Regions:
     """The region rows of a batch's images: global row, detected rows, annotated rows of each."""
 
     data: TaskData
@@ -104,7 +139,7 @@ class _Regions:
     """int64 [n_images + 1]."""
 
     @classmethod
-    def of(cls, data: TaskData, images: Indices) -> _Regions:
+    def of(cls, data: TaskData, images: Indices) -> Regions:
         detected, annotated = data.detector_counts(images), data.candidate_counts(images)
         return cls(data, images, detected, ragged.offsets_of(1 + detected + annotated))
 
@@ -175,7 +210,7 @@ def _unique_within(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int
     return items[:, own].reshape(-1), (np.arange(len(items))[:, None] * len(own) + place).reshape(-1)
 
 
-def _pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:
+def pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:
     """Token ids int64 [T] and cu_texts int64 [n_texts + 1]."""
     flat, cu_words = ragged.take(data.token_offsets, texts)
     words = data.token_ids[flat].astype(np.int64)
@@ -193,7 +228,7 @@ def _pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple
 def _target(
     data: TaskData,
     indices: Indices,
-    regions: _Regions,
+    regions: Regions,
     pixels: Float32,
     pair_image: NDArray[np.int64],
     training: bool,

@@ -20,6 +20,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 # What a draw is for. Two purposes never share a stream, whatever their other words are.
 ORDER, CAPTION_IMAGE, CAPTION, IMAGE, HARD_IMAGE, HARD_CAPTION, TEXT_KEY = range(1, 8)
+UNMATCHED, UNMATCHED_CAPTION, MASKED_WORD, WORD_FATE, RANDOM_WORD, MASKED_REGION, REGION_FATE = range(8, 15)
 
 
 def hash_words(*words: ArrayLike) -> NDArray[np.uint64]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines import ragged
 from pipelines.batch import ChoiceTarget, ClassTarget, RegionTarget, SoftLabelTarget
-from pipelines.boxes import Float32
+from pipelines.boxes import Float32, paired_iou
 from pipelines.examples import Choice, Label, Matching, Region, SoftAnswers
 
 Indices = NDArray[np.int64]
@@ -27,6 +27,7 @@ EXAMPLE_TARGETS = {
     "regions": Region,
     "choices": Choice,
     "classes": Label,
+    "masked": Matching,
 }
 """The target that a task's reader must give, by the target kind in `DataSpec.target`."""
 
@@ -153,14 +154,3 @@ def concatenate(parts: Sequence[TargetColumns]) -> TargetColumns:
         columns = [getattr(part, field.name) for part in parts]
         joined[field.name] = ragged.join(columns) if field.name == "offsets" else np.concatenate(columns)
     return kind(**joined)
-
-
-def paired_iou(a: Float32, b: Float32) -> Float32:
-    """IoU of box i of `a` [n, 4] with box i of `b` [n, 4], float32 [n], by the convention of `boxes.iou_inclusive`."""
-    first, second = a.astype(np.float64), b.astype(np.float64)
-    size = np.minimum(first[:, 2:], second[:, 2:]) - np.maximum(first[:, :2], second[:, :2]) + 1
-    shared = np.clip(size, 0, None).prod(axis=1)
-    areas = [np.clip(boxes[:, 2:] - boxes[:, :2] + 1, 0, None).prod(axis=1) for boxes in (first, second)]
-    union = areas[0] + areas[1] - shared
-    iou = np.divide(shared, union, out=np.zeros_like(shared), where=(shared > 0) & (union > 0))
-    return iou.astype(np.float32)

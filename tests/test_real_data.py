@@ -43,7 +43,7 @@ def training_split(parts: Parts, task: Task) -> list[Batch]:
 def accuracy(parts: Parts, name: str) -> float:
     """Mean score on the whole training split, in evaluation mode."""
     task = parts.tasks[name]
-    return validate(parts.model, training_split(parts, task), task.row.head, parts.device)
+    return validate(parts.model, training_split(parts, task), task.row.head, parts.device).score
 
 
 def test_what_the_real_photos_feed(prepared: Prepared) -> None:

@@ -17,6 +17,10 @@ from pipelines.batch import Batch
 _EVALUATION = Randomness()
 
 
+PRETRAINING = "cls"
+"""Name of the pretraining heads, their prefix in the published layout."""
+
+
 class ViLBERT(nn.Module):
     """One trunk, many heads (paper Figure 2 left). `heads` maps a head's published prefix to its spec."""
 

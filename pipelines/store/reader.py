@@ -165,6 +165,18 @@ class FeatureStore:
         targets = boxes.ctypes.data + (first + global_row) * 16
         copy_runs(torch.float32, torch.float32, self._boxes[images], targets, counts * 4)
 
+    def gather_probs(self, rows: ArrayLike, regions: ArrayLike, probs: Tensor) -> None:
+        """The class distributions of single regions: region `regions[i]` of image `rows[i]` into row i of `probs`, float32
+        [n, classes]. Every image must have them (`with_probs`). Raises BadInput for a damaged record."""
+        images, region = np.asarray(rows, np.int64), np.asarray(regions, np.int64)
+        if not self.with_probs[images].all() or (region >= self.counts[images]).any() or (region < 0).any():
+            raise IndexError("a region without a class distribution")
+        assert probs.shape == (len(images), self.classes) and probs.dtype == torch.float32 and probs.is_contiguous()
+        self._verify_rows(images)
+        sources = self._probs[images] + region * (2 * self.classes)
+        targets = probs.data_ptr() + np.arange(len(images)) * (4 * self.classes)
+        copy_runs(torch.float16, torch.float32, sources, targets, np.full_like(images, self.classes))
+
     def verify_records(self) -> None:
         """Read every record against its checksum, so that no damage waits for the middle of a run. Raises BadInput."""
         self._verify_rows(np.arange(len(self)))
