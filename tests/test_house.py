@@ -23,6 +23,7 @@ ALLOWED = {
     "pipelines": {
         "pipelines", "numpy", "lmdb", "msgpack", "tokenizers", "pydantic", "yaml", "PIL", "torch", "rich", "nvidia",
         "matplotlib",  # the embedded world's picture
+        "safetensors", "torchvision",  # a detector for photographs
     },
 }  # fmt: skip
 """What the two lower folders may import beside the standard library."""

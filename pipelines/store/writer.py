@@ -49,6 +49,8 @@ class StoreWriter:
         self.feature_dim, self.dtype, self.source = feature_dim, dtype, source
         self.classes = 0
         """Length of a class distribution, known from the first record that has one."""
+        self.begun_from = source
+        """The `source` of the run that began this store: another one than ours where a resume mixes two."""
         self._resume = resume
         self._index: dict[str, tuple[int, int, int, bool]] = {}
         self._pending: dict[bytes, bytearray] = {}
@@ -176,6 +178,7 @@ class StoreWriter:
         for key, value in file.items():
             if key == METADATA_KEY:
                 found = unpack_metadata(self.partial, value)
+                self.begun_from = found.source
                 theirs, ours = (found.feature_dim, found.dtype), (self.feature_dim, self.dtype)
                 if theirs != ours:
                     raise BadInput(self.partial, f"begun with {theirs}, not {ours}", "resume with the same settings")
