@@ -67,7 +67,7 @@ class Opened(NamedTuple):
 
 
 def open_image(file: Path) -> Opened:
-    """Read a file and its header, call within `bombs_refused`. Raises `BadImage`, or `BadInput` where it cannot be read."""
+    """Read a file and its header, call within `pil_warnings`. Raises `BadImage`, or `BadInput` where it cannot be read."""
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise BadImage(file, f"more than {_MOST_BYTES >> 20} MB", _MEND)
@@ -91,9 +91,11 @@ def open_image(file: Path) -> Opened:
 
 
 @contextmanager
-def bombs_refused() -> Iterator[None]:
-    """PIL refuses twice its pixel limit and warns above it; here the limit itself is one. For all threads, as PIL's."""
+def pil_warnings() -> Iterator[None]:
+    """PIL refuses twice its pixel limit and warns above it: here that is an error too. Its other warnings, of damaged
+    metadata, are dropped. Holds for all threads, as Python's warnings do."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 

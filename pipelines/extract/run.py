@@ -15,7 +15,7 @@ from pipelines.errors import BadInput
 from pipelines.extract.dali import Say, make_decoder
 from pipelines.extract.detectors import BoxDetector, Detector
 from pipelines.extract.files import find_images, read_boxes
-from pipelines.extract.pixels import BadImage, Decoded, bombs_refused
+from pipelines.extract.pixels import BadImage, Decoded, pil_warnings
 from pipelines.extractor import Regions
 from pipelines.progress import OnProgress
 from pipelines.store.writer import StoreWriter
@@ -82,7 +82,7 @@ def extract(
         behind = sum(len(batch) for batch in batches if _is_done(batch, done))
         if on_progress:
             on_progress(behind / len(files), behind)
-        with closing(decoder), bombs_refused():
+        with closing(decoder), pil_warnings():
             for batch, decoded in _ahead(decoder.decode, [batch for batch in batches if not _is_done(batch, done)]):
                 skipped = _count_bad(decoded, skipped, options.skip_bad, say)
                 good = [(pair, image) for pair, image in zip(batch, decoded, strict=True) if isinstance(image, Decoded)]
