@@ -122,9 +122,6 @@ def _with_boxes(
 
 
 def _check_resume(writer: StoreWriter, files: Mapping[str, Path], source: Path) -> None:
-    if writer.begun_from != writer.source:
-        what = f"begun by {writer.begun_from!r}, not {writer.source!r}"
-        raise BadInput(writer.partial, what, "resume with the same settings, or remove the folder")
     foreign = writer.keys() - files.keys()
     if foreign:
         what = f"{len(foreign)} of its images are not in {source}"

@@ -63,11 +63,14 @@ class TorchvisionDetector:
         if _CLASSIFIER not in state:
             raise BadInput(weights, f"no {_CLASSIFIER} in it", "a state dict of fasterrcnn_resnet50_fpn is expected")
         detector = cls(len(state[_CLASSIFIER]), device)
+        mend = "a state dict of fasterrcnn_resnet50_fpn is expected, not v2"
         try:
-            detector.model.load_state_dict(state)
-        except RuntimeError as error:
-            what = " ".join(str(error).split())[:300]
-            raise BadInput(weights, what, "a state dict of fasterrcnn_resnet50_fpn is expected, not v2") from error
+            absent, foreign = detector.model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # shapes
+            raise BadInput(weights, " ".join(str(error).split())[:300], mend) from error
+        if absent or foreign:
+            what = f"{len(absent)} names are missing, {len(foreign)} unknown, as {[*absent, *foreign][0]}"
+            raise BadInput(weights, what, mend)
         return detector
 
     @torch.inference_mode()

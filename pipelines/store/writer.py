@@ -41,7 +41,7 @@ class StoreWriter:
         source: str = "",
         resume: bool = False,
     ) -> None:
-        """`source`: where the features come from, kept in the store."""
+        """`source`: where the features come from, kept in the store; a resume from another one is refused."""
         if dtype not in DTYPES:
             raise BadInput(path, f"unknown feature type {dtype!r}", f"one of {', '.join(DTYPES)}")
         self.path = Path(path)
@@ -49,8 +49,6 @@ class StoreWriter:
         self.feature_dim, self.dtype, self.source = feature_dim, dtype, source
         self.classes = 0
         """Length of a class distribution, known from the first record that has one."""
-        self.begun_from = source
-        """The `source` of the run that began this store: another one than ours where a resume mixes two."""
         self._resume = resume
         self._index: dict[str, tuple[int, int, int, bool]] = {}
         self._pending: dict[bytes, bytearray] = {}
@@ -178,10 +176,12 @@ class StoreWriter:
         for key, value in file.items():
             if key == METADATA_KEY:
                 found = unpack_metadata(self.partial, value)
-                self.begun_from = found.source
                 theirs, ours = (found.feature_dim, found.dtype), (self.feature_dim, self.dtype)
                 if theirs != ours:
                     raise BadInput(self.partial, f"begun with {theirs}, not {ours}", "resume with the same settings")
+                if found.source != self.source:
+                    what = f"begun from {found.source!r}, not {self.source!r}"
+                    raise BadInput(self.partial, what, "resume with the same source, or remove the folder")
                 continue
             header = read_header(value)
             if header is None:
