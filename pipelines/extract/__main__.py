@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("images", metavar="IMAGES", type=Path, help="a folder, a list of files, or one image")
     add("target", metavar="DST", type=Path, help="the store to make, a folder that does not exist yet")
-    add("--detector", default="world", help=f"{', '.join(DETECTORS)}, or module:factory (default: world)")
+    add("--detector", metavar="DETECTOR", help=f"{', '.join(DETECTORS)}, or module:factory (default: world)")
     add("--weights", type=Path, metavar="FILE", help="the detector's weights; nothing is fetched")
     add("--boxes", type=Path, metavar="FILE",
         help="describe these boxes instead of detecting: JSON {image name: [[x1, y1, x2, y2], ...]} in pixels; "
@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-bad", type=int, default=0, metavar="N", help="go on past up to N images that do not decode (default: 0)"
     )
     add(
-        "--decoder", choices=DECODERS, default="auto", help="auto: DALI where it is installed, else PIL (default: auto)"
+        "--decoder",
+        choices=DECODERS,
+        default="auto",
+        help="auto: DALI where it is installed and faster, else PIL (default: auto)",
     )
     add("--device", choices=("cpu", "cuda"), help="where the detector runs (default: cuda where there is one)")
     add("--limit", type=int, metavar="N", help="the first N images only")
@@ -68,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, extract, and say what was written. Returns the exit code."""
     given = _parser().parse_args(arguments)
+    if given.detector is None:
+        given.detector = "world"
+        _say(
+            "--detector world, the default: it knows the embedded world's things, its features of photographs mean nothing"
+        )
     try:
         device = _device(given.device)
         detector = load_detector(given.detector, given.weights, device)

@@ -5,12 +5,11 @@ libjpeg-turbo, have been found to agree to the bit. All other files go the plain
 file does not decode, since DALI fails a batch as a whole, and does not say which file it was.
 
 Decoding stays on the CPU where the detector runs on a GPU, so that pixels do not depend on the machine (nvJPEG rounds
-otherwise); resizing and normalising, most of the work, are done where the detector is.
+otherwise); resizing and normalising, most of the work, are done where the detector is. That has never run on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,28 @@ from pipelines.extract.pixels import BadImage, Decoded, Opened, PlainDecoder, or
 
 DECODERS = ("auto", "dali", "pil")
 _PACKAGE = "nvidia-dali-cuda130"
+_COST = "the same pixels, decoded at about 0.8 of DALI's speed"  # python -m bench.images
 _END_OF_IMAGE, _TAIL = b"\xff\xd9", 1 << 12
 Say = Callable[[str], None]
 
 
 def make_decoder(choice: str, rule: Preprocessing | None, device: str, batch: int, say: Say) -> PlainDecoder:
-    """The decoder named by `--decoder`. auto: DALI where it is installed; `say` gets a line where it is not."""
-    if choice == "pil":
+    """The decoder named by `--decoder`. auto: the faster one, `say` gets a line where that is DALI and it is missing.
+
+    DALI decodes faster, but resizes on a CPU more slowly than torch does, which outweighs it (`bench/LOG.md`). So what is
+    installed has no influence on stores that are made on a CPU.
+    """
+    prepares_on_cpu = device == "cpu" and rule is not None
+    if choice == "pil" or (choice == "auto" and prepares_on_cpu):
         return PlainDecoder(rule, device)
-    if importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None:
+    try:
         return DaliDecoder(rule, device, batch, say)
-    if choice == "dali":
-        raise BadInput("--decoder dali", "DALI is not installed", f"pip install {_PACKAGE}, or --decoder pil")
-    say(f"decoding by PIL: DALI is not installed ({_PACKAGE}; what it is worth: pipelines/README.md)")
-    return PlainDecoder(rule, device)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a library of its own is missing
+        reason = str(error).strip().partition("\n")[0]
+        if choice == "dali":
+            raise BadInput("--decoder dali", f"DALI cannot be used: {reason}", f"pip install {_PACKAGE}") from error
+        say(f"decoding by PIL, for DALI cannot be used ({reason}): {_COST}; pip install {_PACKAGE}")
+        return PlainDecoder(rule, device)
 
 
 class DaliDecoder(PlainDecoder):

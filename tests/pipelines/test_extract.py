@@ -173,7 +173,19 @@ def test_boxes_of_absent_images_or_for_a_detector_without_describe_are_refused(t
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, target = write_photos(tmp_path / "images", 4), tmp_path / "s"
     (images / "2.jpg").write_bytes(b"no image")
-    arguments = [str(images), str(target), "--dtype", "bfloat16", "--skip-bad", "1", "--limit", "3", "--decoder", "pil"]
+    arguments = [
+        str(images),
+        str(target),
+        "--dtype",
+        "bfloat16",
+        "--skip-bad",
+        "1",
+        "--limit",
+        "3",
+        "--detector",
+        "world",
+    ]
+    arguments += ["--decoder", "pil"]
     assert main(arguments) == 0
     said = capsys.readouterr()
     regions = int(FeatureStore(target).counts.sum())
@@ -183,6 +195,11 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert said.err.startswith(f"skipped: {images / '2.jpg'}: none of JPEG") and len(said.err.splitlines()) == 1
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"error: {target}: exists already (remove it or choose another name)\n"
+
+
+def test_the_default_detector_says_what_it_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write_photos(tmp_path / "images", 1)), str(tmp_path / "s"), "--decoder", "pil"]) == 0
+    assert "its features of photographs mean nothing" in capsys.readouterr().err
 
 
 def test_help_tells_detectors_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +232,8 @@ def test_wrong_arguments_change_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     images = write_photos(tmp_path / "images", 1)
-    assert main([str(images), str(tmp_path / "s"), *arguments]) == 2
+    detector = [] if "--detector" in arguments else ["--detector", "world"]
+    assert main([str(images), str(tmp_path / "s"), *detector, *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and len(said.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
@@ -223,7 +241,7 @@ def test_wrong_arguments_change_nothing(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), str(tmp_path / "s"), "--device", "cuda"]) == 2
+    assert main([str(tmp_path), str(tmp_path / "s"), "--device", "cuda", "--detector", "world"]) == 2
     assert capsys.readouterr().err == "error: --device cuda: torch finds no GPU here (leave it out, or --device cpu)\n"
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.extract.detectors import Sizes, WorldDetector
 from pipelines.extract.run import Options, extract
 from pipelines.extractor import Regions
 from pipelines.store.reader import FeatureStore
+from pipelines.store.writer import StoreWriter
 from tests.pipelines.photos import encoded, photo, write_photos
 from tests.reference import ROOT
 
@@ -149,6 +151,45 @@ def test_a_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"s\.partial: \d+ of its images are not in"):
         extracted(images / "0.jpg", tmp_path / "s", resume=True)
     assert extracted(images, tmp_path / "s", batch=4, skip_bad=3, resume=True)[0] == 17
+
+
+class Batched(WorldDetector):
+    """Its features tell which images were looked at together, as padding does in the last digits."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def detect(self, images: list[torch.Tensor], sizes: Sizes) -> list[Regions]:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        together = sum(float(image.float().mean()) for image in images)
+        found = super().detect(images, sizes)
+        return [Regions(one.boxes, one.features + np.float32(together), one.class_probs) for one in found]
+
+
+def test_a_resume_looks_at_the_same_images_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, options = write_photos(tmp_path / "images", 20, 80, 60), Options(batch=6, skip_bad=1)
+    (images / "7.jpg").write_bytes(b"")
+    add = StoreWriter.add
+    budget = [8]
+
+    def add_a_few(self: StoreWriter, *arguments: Any, **named: Any) -> None:
+        if not budget[0]:
+            raise KeyboardInterrupt  # in the middle of the second batch
+        budget[0] -= 1
+        add(self, *arguments, **named)
+
+    extract(images, tmp_path / "whole", Batched(99), "batched", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "add", add_a_few)
+        with pytest.raises(KeyboardInterrupt):
+            extract(images, tmp_path / "s", Batched(99), "batched", options)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, tmp_path / "s", Batched(1), "batched", replace(options, resume=True))
+    result = extract(images, tmp_path / "s", Batched(99), "batched", replace(options, resume=True))
+    assert (result.images, result.skipped) == (19, 1)
+    assert_same_stores(tmp_path / "s", tmp_path / "whole")
 
 
 _EXTRACT = """

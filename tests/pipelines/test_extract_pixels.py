@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,11 @@ def silent(line: str) -> None:
 def decoders(rule: Preprocessing | None) -> list[PlainDecoder]:
     """Every decoder that is installed here."""
     plain = PlainDecoder(rule)
-    best = make_decoder("auto", rule, "cpu", 4, lambda line: None)
-    return [plain, best] if isinstance(best, DaliDecoder) else [plain]
+    return [plain, DaliDecoder(rule, "cpu", 4, silent)] if dali_works() else [plain]
+
+
+def dali_works() -> bool:
+    return isinstance(make_decoder("auto", None, "cpu", 1, lambda line: None), DaliDecoder)
 
 
 def decoded(decoder: PlainDecoder, files: list[Path]) -> list[Decoded]:
@@ -216,11 +220,15 @@ def test_damage_anywhere_is_a_bad_image_or_a_picture(tmp_path: Path) -> None:
 
 def test_the_choice_of_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_decoder("pil", None, "cpu", 1, silent).name == "PIL"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert make_decoder("auto", RULE, "cpu", 1, silent).name == "PIL", "the faster one"
+    if dali_works():
+        assert make_decoder("auto", None, "cpu", 1, silent).name == "DALI"
+        assert make_decoder("dali", RULE, "cpu", 1, silent).name == "DALI"
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # any import of it fails
     said: list[str] = []
     assert make_decoder("auto", None, "cpu", 1, said.append).name == "PIL"
-    assert len(said) == 1 and "DALI is not installed" in said[0]
-    with pytest.raises(BadInput, match=r"--decoder dali: DALI is not installed \(pip install nvidia-dali"):
+    assert len(said) == 1 and "decoding by PIL, for DALI cannot be used" in said[0] and "of DALI's speed" in said[0]
+    with pytest.raises(BadInput, match=r"--decoder dali: DALI cannot be used: .*\(pip install nvidia-dali"):
         make_decoder("dali", None, "cpu", 1, silent)
 
 
