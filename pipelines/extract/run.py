@@ -63,11 +63,8 @@ def extract(
     `say` gets a line for what is skipped or falls back. Raises `BadInput`; `target` then does not exist.
     """
     _check(target, detector, name, options)
-    files = find_images(source)
     boxes = read_boxes(options.boxes) if options.boxes else None
-    if boxes is not None:
-        files = _with_boxes(files, boxes, source, options)
-    files = dict(islice(files.items(), options.limit))
+    files = _wanted(find_images(source), boxes, source, options)
     decoder = make_decoder(options.decoder, detector.preprocessing, options.device, options.batch, say)
     if detector.preprocessing is not None:
         name += f" decoder={decoder.name}"  # its resizing shows in the features' last digits
@@ -85,10 +82,12 @@ def extract(
         with closing(decoder), pil_warnings():
             for batch, decoded in _ahead(decoder.decode, [batch for batch in batches if not _is_done(batch, done)]):
                 skipped = _count_bad(decoded, skipped, options.skip_bad, say)
-                good = [(pair, image) for pair, image in zip(batch, decoded, strict=True) if isinstance(image, Decoded)]
-                if any(key not in done for (key, _), _ in good):
+                good = [
+                    (*pair, image) for pair, image in zip(batch, decoded, strict=True) if isinstance(image, Decoded)
+                ]
+                if any(key not in done for key, _, _ in good):
                     regions = _regions(detector, good, boxes, name)
-                    for ((key, file), image), found in zip(good, regions, strict=True):
+                    for (key, file, image), found in zip(good, regions, strict=True):
                         if key not in done:
                             _add(writer, file, image, found, detector)
                 behind += len(batch)
@@ -111,14 +110,17 @@ def _check(target: Path, detector: Detector, name: str, options: Options) -> Non
         raise BadInput("--boxes", f"{name} has no method `describe`", "leave it out, or take another detector")
 
 
-def _with_boxes(
-    files: Mapping[str, Path], boxes: Mapping[str, Float32], source: Path, options: Options
+def _wanted(
+    files: Mapping[str, Path], boxes: Mapping[str, Float32] | None, source: Path, options: Options
 ) -> dict[str, Path]:
-    absent = [key for key in boxes if key not in files]
-    if absent:
-        what = f"{len(absent)} of its images are not in {source}, as image {absent[0]}"
-        raise BadInput(str(options.boxes), what, "name images that are there")
-    return {key: file for key, file in files.items() if key in boxes}
+    """The files that `--boxes` and `--limit` leave. Raises `BadInput` where boxes are of an image that is not there."""
+    if boxes is not None:
+        absent = [key for key in boxes if key not in files]
+        if absent:
+            what = f"{len(absent)} of its images are not in {source}, as image {absent[0]}"
+            raise BadInput(str(options.boxes), what, "name images that are there")
+        files = {key: file for key, file in files.items() if key in boxes}
+    return dict(islice(files.items(), options.limit))
 
 
 def _check_resume(writer: StoreWriter, files: Mapping[str, Path], source: Path) -> None:
@@ -161,17 +163,17 @@ def _count_bad(decoded: Sequence[Decoded | BadImage], skipped: int, allowed: int
 
 def _regions(
     detector: Detector,
-    images: Sequence[tuple[tuple[str, Path], Decoded]],
+    images: Sequence[tuple[str, Path, Decoded]],
     boxes: Mapping[str, Float32] | None,
     name: str,
 ) -> list[Regions]:
-    pixels = [image.image for _, image in images]
-    sizes = [(image.width, image.height) for _, image in images]
+    pixels = [image.image for _, _, image in images]
+    sizes = [(image.width, image.height) for _, _, image in images]
     if boxes is None:
         regions = detector.detect(pixels, sizes)
     else:
         assert isinstance(detector, BoxDetector)
-        regions = detector.describe(pixels, sizes, [boxes[key] for (key, _), _ in images])
+        regions = detector.describe(pixels, sizes, [boxes[key] for key, _, _ in images])
     if len(regions) != len(images):
         raise BadInput(name, f"gave regions of {len(regions)} images for a batch of {len(images)}", "one entry each")
     return regions
