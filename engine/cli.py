@@ -12,6 +12,7 @@ COMMANDS = {
     "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
     "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),
     "world": ("pipelines.world.__main__", "build the embedded world"),
+    "extract": ("pipelines.extract.__main__", "images -> region features in a store, by a detector"),
     "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
 }
 """Command, module, and what it does. Modules are imported when they are called, not before."""

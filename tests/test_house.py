@@ -25,6 +25,7 @@ ALLOWED = {
         "pipelines", "numpy", "lmdb", "msgpack", "tokenizers", "pydantic", "yaml", "PIL", "torch", "rich", "nvidia",
         "matplotlib",  # the embedded world's picture
         "kernels",  # kernels.native_build alone, which compiles for both: the import rule sees to that
+        "safetensors", "torchvision",  # a detector for photographs
     },
 }  # fmt: skip
 """What the two lower folders may import beside the standard library."""

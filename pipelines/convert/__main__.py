@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.convert import butd_tsv, npz, uniter_lmdb, vilbert_lmdb, vinvl_pt
 from pipelines.convert.source import Sizes, SourceImage, read_sizes
 from pipelines.errors import BadInput
 from pipelines.identity import image_key
+from pipelines.progress import OnProgress, images_on_stderr
 from pipelines.store.record import DTYPES
 from pipelines.store.writer import StoreWriter
 
@@ -29,7 +26,6 @@ FORMATS: dict[str, Callable[[Path, Sizes | None], Iterator[SourceImage]]] = {
     "uniter-lmdb": uniter_lmdb.images,
 }
 _NEED_SIZES = ("npz", "uniter-lmdb")
-_PLAIN_SECONDS = 30.0
 
 _DESCRIPTION = """\
 Convert published region features into a feature store (LMDB, msgpack records, checksummed).
@@ -57,7 +53,7 @@ def convert(
     sizes: Path | None = None,
     resume: bool = False,
     limit: int | None = None,
-    on_progress: Callable[[float, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[int, int]:
     """Convert `source` (a file, or a folder searched through) into a store at `target`; returns images and regions.
 
@@ -105,27 +101,6 @@ def convert(
     return writer.images, writer.regions
 
 
-@contextmanager
-def _progress_on_stderr() -> Iterator[Callable[[float, int], None]]:
-    """A bar on a terminal, elsewhere a plain line every half minute."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        last = time.monotonic()
-
-        def plain(share: float, images: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _PLAIN_SECONDS:
-                last = time.monotonic()
-                print(f"{share:.0%}, {images} images", file=sys.stderr, flush=True)
-
-        yield plain
-        return
-    columns = (BarColumn(), TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[images]} images"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=1.0, images=0)
-        yield lambda share, images: progress.update(task, completed=share, images=images)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.convert",
@@ -149,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, convert, and say what was written. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with _progress_on_stderr() as on_progress:
+        with images_on_stderr() as on_progress:
             images, regions = convert(
                 options.format,
                 options.source,

@@ -41,7 +41,7 @@ class StoreWriter:
         source: str = "",
         resume: bool = False,
     ) -> None:
-        """`source`: where the features come from, kept in the store."""
+        """`source`: where the features come from, kept in the store; a resume from another one is refused."""
         if dtype not in DTYPES:
             raise BadInput(path, f"unknown feature type {dtype!r}", f"one of {', '.join(DTYPES)}")
         self.path = Path(path)
@@ -181,6 +181,9 @@ class StoreWriter:
                 theirs, ours = (found.feature_dim, found.dtype), (self.feature_dim, self.dtype)
                 if theirs != ours:
                     raise BadInput(self.partial, f"begun with {theirs}, not {ours}", "resume with the same settings")
+                if found.source != self.source:
+                    what = f"begun from {found.source!r}, not {self.source!r}"
+                    raise BadInput(self.partial, what, "resume with the same source, or remove the folder")
                 continue
             header = read_header(value)
             if header is None:

@@ -285,8 +285,11 @@ def test_a_resume_with_another_source_is_refused(tmp_path: Path) -> None:
         convert("butd-tsv", tmp_path / "a.tsv", tmp_path / "refused")
     with pytest.raises(BadInput, match="unfinished store"):
         convert("butd-tsv", tmp_path / "a.tsv", tmp_path / "refused")
-    (tmp_path / "b.tsv").write_text(tsv_line("1"))
-    with pytest.raises(BadInput, match="1 of its images are not in"):
+    (tmp_path / "b.tsv").write_text(tsv_line("1") + tsv_line("2"))
+    with pytest.raises(BadInput, match=r"begun from 'butd-tsv a\.tsv', not 'butd-tsv b\.tsv'"):
         convert("butd-tsv", tmp_path / "b.tsv", tmp_path / "refused", resume=True)
+    (tmp_path / "a.tsv").write_text(tsv_line("1"))
+    with pytest.raises(BadInput, match="1 of its images are not in"):
+        convert("butd-tsv", tmp_path / "a.tsv", tmp_path / "refused", resume=True)
     (tmp_path / "a.tsv").write_text(tsv_line("1") + tsv_line("2") + tsv_line("3"))
     assert convert("butd-tsv", tmp_path / "a.tsv", tmp_path / "refused", resume=True) == (3, 27)
