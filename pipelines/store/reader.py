@@ -51,8 +51,9 @@ class FeatureStore:
         if not self.path.exists():
             raise BadInput(self.path, "no feature store here", "make one with python -m pipelines.convert")
         file = LmdbFile(self.path)
+        self._map = file.map
         if not readahead:
-            file.map.madvise(mmap.MADV_RANDOM)
+            self._map.madvise(mmap.MADV_RANDOM)
         if METADATA_KEY not in file.keys:
             raise BadInput(self.path, "an LMDB, but not a feature store", "convert it: python -m pipelines.convert")
         place = file.keys.index(METADATA_KEY)
@@ -79,6 +80,7 @@ class FeatureStore:
         self._check_index([key for key in file.keys if key != METADATA_KEY], np.delete(file.sizes, place))
         self._verify = verify
         self._unverified = np.full(len(self), verify != "never")
+        self.release()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch knows no read-only tensors; nothing here writes to this one
             self._tensor = torch.from_numpy(self.file_bytes)
@@ -151,6 +153,10 @@ class FeatureStore:
             inside = slice(start + first, start + first + taken)
             _convert(self._part(offset + layout.features, taken, stored, self.feature_dim), features[inside])
             targets[inside] = self._part(offset + layout.boxes, taken, torch.float32, 4)
+
+    def release(self) -> None:
+        """Leave the pages read so far to the page cache: they no longer count as this process's memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _part(self, start: int, rows: int, dtype: torch.dtype, columns: int) -> Tensor:
         """[rows, columns] of the memory map, from byte `start` on."""
