@@ -20,7 +20,7 @@ from pipelines import ragged
 from pipelines.boxes import Float32
 from pipelines.datasets import CHUNK, DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
-from pipelines.runs import TASK_TABLE, RunData, read_run
+from pipelines.runs import TASK_TABLE, RunData, data_sheet, read_run
 from pipelines.sheet import Sheet, inspect_sheet
 from pipelines.store.reader import FeatureStore
 from pipelines.targets import POSITIVE_IOU, SoftLabels, TrueBoxes
@@ -226,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = read_run(arguments.config, arguments.tasks_table, arguments.tasks)
-        sheet = run.sheet if run.sheet is not None else _world(run)
-        reports, problems = check(run, sheet, records=not arguments.skip_records)
+        reports, problems = check(run, data_sheet(run), records=not arguments.skip_records)
     except BadInput as problem:
         reports, problems = [], [problem]
     if reports:
@@ -235,14 +234,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for found in problems:
         print(f"error: {found}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def _world(run: RunData) -> Path:
-    """The sheet of the embedded world, built if it is not there."""
-    from pipelines.world import ensure  # rendering and its libraries only where a run wants them
-
-    keys = run.world
-    return ensure(Path(str(keys.get("path", ".world"))), int(keys.get("seed", 0)), str(keys.get("size", "default")))
 
 
 if __name__ == "__main__":

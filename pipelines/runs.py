@@ -60,6 +60,16 @@ def read_run(path: Path, table: Path = TASK_TABLE, tasks: Sequence[str] | None =
     )
 
 
+def data_sheet(run: RunData) -> Path:
+    """The run's data sheet; that of the embedded world is built if it is not there."""
+    if run.sheet is not None:
+        return run.sheet
+    from pipelines.world import ensure  # rendering and its libraries only where a run wants them
+
+    keys = run.world
+    return ensure(Path(str(keys.get("path", ".world"))), int(keys.get("seed", 0)), str(keys.get("size", "default")))
+
+
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A run's top-level keys over those of the files that it extends."""
     if path.resolve() in seen:
