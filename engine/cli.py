@@ -11,6 +11,7 @@ COMMANDS = {
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
     "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),
     "world": ("pipelines.world.__main__", "build the embedded world"),
+    "mine": ("pipelines.mine.__main__", "mine hard negatives for retrieval"),
     "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
 }
 """Command, module, and what it does. Modules are imported when they are called, not before."""
