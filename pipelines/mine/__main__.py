@@ -113,8 +113,8 @@ def _retrieval(run: RunData, options: argparse.Namespace) -> list[DataSpec]:
     specs = [spec for spec in run.specs if spec.target == _TARGET]
     if not specs:
         raise BadInput(options.config, "no retrieval set in it", f"{options.tasks_table} has loss {_TARGET} for these")
-    for option in ("--out", "--import"):
-        if len(specs) > 1 and (options.out if option == "--out" else options.authors):
+    for option, file in (("--out", options.out), ("--import", options.authors)):
+        if file is not None and len(specs) > 1:
             raise BadInput(option, f"one file for {', '.join(spec.name for spec in specs)}", "name one set with --set")
     return specs
 
