@@ -1,104 +1,34 @@
-"""`python -m pipelines.mine`: what it writes, that interruptions change nothing, and what it refuses."""
+"""`python -m pipelines.mine`: what it writes, and that interruptions change nothing."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import pickle
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
 
-from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
 from pipelines.mine.__main__ import main
 from pipelines.mine.features import global_rows
-from pipelines.mine.job import Means, mine
 from pipelines.mine.partial import Partial
-from pipelines.sheet import load_sheet
 from pipelines.store.reader import FeatureStore
 from pipelines.store.writer import StoreWriter
-from pipelines.wordpiece import SPECIAL, WordPiece
+from tests.pipelines.small_pictures import FEATURES, IMAGES, build, change, command, load, run, two_sets
 from tests.reference import ROOT
 
-IMAGES, FEATURES, REGIONS = 150, 8, 3
-WORDS = [
-    f"{colour}{thing}" for colour in ("red", "blue", "old", "new") for thing in ("cat", "bus", "hat", "dog", "cup")
-]
-SPEC = DataSpec("pictures", "pipelines.readers.captions:read", 7, 30, 101, 1, "options", 4)
 BY = ("features", "captions")
-
-ROWS: dict[str, Any] = {
-    "heads": {"match": {"options": 4}, "answer": {}},
-    "tasks": {
-        "pictures": {"head": "match", "reader": SPEC.reader, "number": 7, "max_tokens": 30, "max_regions": 101,
-                     "loss": "options"},
-        "questions": {"head": "answer", "reader": "pipelines.readers.vqa:read", "number": 1, "max_tokens": 23,
-                      "max_regions": 101, "loss": "soft_labels"},
-    },
-}  # fmt: skip
 
 
 @pytest.fixture
 def sheet(tmp_path: Path) -> Path:
-    """A retrieval set of files, and a set of questions that mining has no use for; its images are not in order."""
-    random = np.random.default_rng(0)
-    with StoreWriter(tmp_path / "features.lmdb", FEATURES, "float32") as writer:
-        for number in range(IMAGES + 5):
-            features = random.gamma(1, size=(REGIONS, FEATURES)) if number != 9 else np.zeros((REGIONS, FEATURES))
-            writer.add(number, features, np.tile([0, 0, 9, 9], (REGIONS, 1)), 20, 10)
-    records = [
-        {"id": number, "img_path": f"{number}.jpg", "sentences": [" ".join(random.choice(WORDS, 6)) for _ in range(3)]}
-        for number in random.permutation(IMAGES).tolist()
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
-    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(ROWS))
-    split = {"captions": ["train.jsonl"]}
-    sets = {
-        "pictures": {"features": "features.lmdb", "train": split, "val": split},
-        "questions": {"features": "features.lmdb", "train": {}, "val": {}},
-    }
-    path = tmp_path / "sheet.yaml"
-    path.write_text(yaml.safe_dump({"format": 1, "vocabulary": "vocab.txt", "sets": sets}))
-    return path
-
-
-def command(sheet: Path, *more: str) -> int:
-    return main([str(sheet), "--tasks-table", str(sheet.parent / "rows.yaml"), *more])
-
-
-def change(sheet: Path, **keys: Any) -> None:
-    content = yaml.safe_load(sheet.read_text())
-    content["sets"]["pictures"] |= keys
-    sheet.write_text(yaml.safe_dump(content))
-
-
-def load(sheet: Path) -> TaskData:
-    loaded = load_sheet(sheet, ["pictures"])
-    return load_task(SPEC, loaded, "train", WordPiece.load(loaded.vocabulary))
-
-
-def run(sheet: Path, target: Path, by: str = "features", stop: int | None = None, **options: Any) -> bytes:
-    """Mine in this process; `stop`: be interrupted once so many rows are done."""
-
-    def show(what: str, done: int, total: int) -> None:
-        if what == "images mined" and stop is not None and done >= stop:
-            raise KeyboardInterrupt
-
-    means = Means(options.pop("memory", 1), torch.device("cpu"), target.parent, show)
-    mine(load(sheet), by, options.pop("neighbours", 7), target, means, **options)
-    assert not target.with_name(target.name + ".partial").exists()
-    return target.read_bytes()
+    return build(tmp_path)
 
 
 def test_what_is_mined_is_what_training_reads(sheet: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,8 +106,7 @@ def test_interruptions_and_memory_change_no_bit(sheet: Path, by: str) -> None:
 @pytest.mark.parametrize("by", BY)
 def test_a_killed_run_resumes_and_equals_an_undisturbed_one(sheet: Path, by: str) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from tests.pipelines import test_mine as m\n"
-        "show = m.Means.__init__\n"
+        "import os, sys; from pathlib import Path; from tests.pipelines import small_pictures as m\n"
         "def kill(what, done, total):\n"
         "    if what == 'images mined' and done > 60: os.kill(os.getpid(), 9)\n"
         "means = m.Means(1, m.torch.device('cpu'), Path(sys.argv[2]).parent, kill)\n"
@@ -263,130 +192,6 @@ def test_a_partial_file_is_neither_taken_unasked_nor_by_two(sheet: Path) -> None
         Partial(target, settings, 7, resume=True),
     ):
         pass
-
-
-def forget_features(sheet: Path) -> None:
-    lines = (sheet.parent / "train.jsonl").read_text()
-    (sheet.parent / "train.jsonl").write_text(lines + json.dumps({"img_path": "777.jpg", "sentences": ["redcat"]}))
-
-
-def one_image(sheet: Path) -> None:
-    lines = (sheet.parent / "train.jsonl").read_text().splitlines(keepends=True)
-    (sheet.parent / "train.jsonl").write_text(lines[0])
-
-
-def only_questions(sheet: Path) -> None:
-    content = yaml.safe_load(sheet.read_text())
-    del content["sets"]["pictures"]
-    sheet.write_text(yaml.safe_dump(content))
-
-
-def two_sets(sheet: Path) -> None:
-    content = yaml.safe_load(sheet.read_text())
-    content["sets"]["more"] = content["sets"]["pictures"]
-    sheet.write_text(yaml.safe_dump(content))
-    rows = {**ROWS["tasks"], "more": ROWS["tasks"]["pictures"]}
-    (sheet.parent / "rows.yaml").write_text(yaml.safe_dump({**ROWS, "tasks": rows}))
-
-
-def target_there(sheet: Path) -> None:
-    (sheet.parent / "pictures_hard_features.npz").write_bytes(b"mine")
-
-
-def wild_features(sheet: Path) -> None:
-    with StoreWriter(sheet.parent / "wild.lmdb", FEATURES, "float32") as writer:
-        for number in range(IMAGES):
-            features = np.full((1, FEATURES), 1e20 if number == 40 else 1)
-            writer.add(number, features, np.array([[0, 0, 9, 9]]), 20, 10)
-    change(sheet, features="wild.lmdb")
-
-
-def nothing(sheet: Path) -> None:
-    """The sheet is good."""
-
-
-@pytest.mark.parametrize(
-    ("spoil", "arguments", "message"),
-    [
-        (nothing, ["--set", "cats"], r"no task 'cats' in the task table"),
-        (nothing, ["--set", "questions"], r"--set: questions draws no negatives \(name retrieval sets"),
-        (only_questions, [], r"sheet\.yaml: no retrieval set in it"),
-        (only_questions, ["--set", "pictures"], r"sheet\.yaml: sets: no data set 'pictures'"),
-        (nothing, ["--neighbours", "0"], "--neighbours: 0 are none"),
-        (nothing, ["--memory", "0"], "--memory: 0 GB cannot be used"),
-        (nothing, ["--memory", "nan"], "--memory: nan GB cannot be used"),
-        (two_sets, ["--out", "x.npz"], "--out: one file for more, pictures"),
-        (two_sets, ["--import", "x.pkl"], "--import: one file for more, pictures"),
-        (target_there, [], r"pictures_hard_features\.npz: exists already"),
-        (forget_features, [], r"no features of image '777'"),
-        (one_image, [], r"sets\.pictures\.train: captions of one image only"),
-        (wild_features, [], r"wild\.lmdb: image 40: features beyond 1e\+15"),
-    ],
-)
-def test_what_cannot_be_mined_is_named(
-    spoil: Callable[[Path], None],
-    arguments: list[str],
-    message: str,
-    sheet: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    spoil(sheet)
-    before = sorted(sheet.parent.rglob("*"))
-    assert command(sheet, *arguments) == 2
-    shown = capsys.readouterr()
-    assert re.search(f"^error: .*{message}", shown.err)
-    assert shown.err.count("\n") == 1
-    assert not shown.out
-    assert sorted(sheet.parent.rglob("*")) == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(sheet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(sheet, "--device", "cuda") == 2
-    assert "no GPU that torch can use" in capsys.readouterr().err
-
-
-def authors_pool(images: list[Any], pool: Any) -> bytes:
-    return pickle.dumps({"train_image_list": images, "train_hard_pool": pool}, protocol=3)
-
-
-def test_the_pool_of_the_authors_is_taken(sheet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = [*range(IMAGES), 9999]  # one of them is not in this split
-    pool = (np.arange(len(images))[:, None] + np.arange(4)) % len(images)  # itself first
-    (sheet.parent / "hard_negative.pkl").write_bytes(authors_pool(images, pool))
-    out = sheet.parent / "theirs.npz"
-    assert command(sheet, "--import", str(sheet.parent / "hard_negative.pkl"), "--out", str(out)) == 0
-    assert "151 images x 4 neighbours from" in capsys.readouterr().out
-    change(sheet, hard_negatives="theirs.npz")
-    data: Any = load(sheet)
-    keys = [data.store.keys()[row] for row in data.pool.images]
-    for image, key in enumerate(keys):
-        mined = data.pool.hard.neighbours[data.pool.hard.offsets[image] : data.pool.hard.offsets[image + 1]]
-        wanted = [(int(key) + step) % 151 for step in (1, 2, 3)]
-        assert [int(keys[other]) for other in mined] == [other for other in wanted if other < IMAGES]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a pickle", "not a whole pickle"),
-        (pickle.dumps([1, 2], protocol=2), "not the authors' pool"),
-        (pickle.dumps({"train_image_list": [1]}, protocol=2), "not the authors' pool: KeyError"),
-        (authors_pool([1, 2], [[1], [0]]), "train_hard_pool is no array"),
-        (authors_pool([1, 2], np.zeros((2, 2))), "train_hard_pool is no array"),
-        (authors_pool([1, 2], np.zeros((3, 2), int)), "do not fit"),
-        (authors_pool([*range(IMAGES)], np.full((IMAGES, 2), IMAGES)), "do not fit"),
-        (authors_pool([1, 2], np.array([[1], [0]])), "no hard neighbour for 148 images of the split"),
-        (pickle.dumps(Path("x")), "the pickle asks for pathlib"),
-    ],
-)
-def test_a_foreign_pool_is_refused(
-    content: bytes, message: str, sheet: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (sheet.parent / "hard_negative.pkl").write_bytes(content)
-    assert command(sheet, "--import", str(sheet.parent / "hard_negative.pkl")) == 2
-    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
-    assert not list(sheet.parent.glob("*.npz*"))
 
 
 def test_features_beyond_memory_are_mapped_from_a_file_without_a_name(sheet: Path) -> None:
