@@ -26,6 +26,6 @@ def images(count: int, regions: int, width: int, first: int = 0) -> Iterator[Ima
     """Images `first` to `first + count`, each a function of its number."""
     for number in range(first, first + count):
         random = np.random.default_rng(number)
-        features = random.integers(0, 256, (regions, width), np.uint8).astype(np.float32) / 32
+        features = random.integers(0, 256, (regions, width), np.uint8).astype(np.float32) / np.float32(32)
         corners = np.sort(random.random((regions, 2, 2)), axis=1) * np.array([WIDTH, HEIGHT])
         yield Image(str(number), features, corners.reshape(regions, 4).astype(np.float32))

@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),
     "world": ("pipelines.world.__main__", "build the embedded world"),
     "extract": ("pipelines.extract.__main__", "images -> region features in a store, by a detector"),
+    "mine": ("pipelines.mine.__main__", "mine hard negatives for retrieval"),
     "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
 }
 """Command, module, and what it does. Modules are imported when they are called, not before."""

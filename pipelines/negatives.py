@@ -10,6 +10,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,15 +105,26 @@ class _Draw:
 
 def load_hard_pool(path: Path, pool: CaptionPool, store: FeatureStore) -> HardPool:
     """Read a mined pool: a `.npz` with `images` (unicode [m]: image keys) and `pool` (int [m, k]: positions in
-    `images`, nearest first). The image itself, and images that the split does not have, are passed over.
+    `images`, nearest first). `python -m pipelines.mine` makes one.
 
-    Raises BadInput for a file of another form, and for an image of the split without a hard neighbour.
+    Raises BadInput for a file of another form, and as `fit_hard_pool`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             keys, nearest = file["images"], file["pool"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(path, f"not a pool of hard negatives: {error}", "mine it again") from error
+    return fit_hard_pool(keys, nearest, pool, store, path)
+
+
+def fit_hard_pool(
+    keys: NDArray[Any], nearest: NDArray[Any], pool: CaptionPool, store: FeatureStore, path: Path
+) -> HardPool:
+    """A mined pool on the images of a split: `keys` and `nearest` as the file at `path` has them. The image itself, and
+    images that the split does not have, are passed over.
+
+    Raises BadInput for arrays that do not fit, and for an image of the split without a hard neighbour.
+    """
     if (
         keys.ndim != 1
         or keys.dtype.kind != "U"

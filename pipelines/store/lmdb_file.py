@@ -25,6 +25,7 @@ _PAGE_HEADER = 16
 _BRANCH, _LEAF = 0x01, 0x02
 _BIG, _SUB_DATABASE, _DUPLICATES = 0x01, 0x02, 0x04
 _NO_ROOT = 2**64 - 1
+_RELEASED = 64  # pages of the tree; the kernel maps up to megabytes of the file around each
 _MEND = "copy or convert it again"
 
 
@@ -111,6 +112,8 @@ class LmdbFile:
             if number in seen or not 2 <= number < self._page_count:
                 raise self._broken(f"page {number} does not belong where it is")
             seen.add(number)
+            if len(seen) % _RELEASED == 0:
+                self.map.madvise(mmap.MADV_DONTNEED)
             page = self.bytes[number * self._page_size : (number + 1) * self._page_size]
             kind, nodes = self._nodes(page, number)
             if kind == _BRANCH:

@@ -76,6 +76,7 @@ class FeatureStore:
         self._probs = merged(start + shard.layout.probs for start, shard in zip(starts, self._shards, strict=True))
         self._verify = verify
         self._unverified = np.full(len(self), verify != "never")
+        self.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, self._arguments
@@ -176,6 +177,11 @@ class FeatureStore:
         sources = self._probs[images] + region * (2 * self.classes)
         targets = probs.data_ptr() + np.arange(len(images)) * (4 * self.classes)
         copy_runs(torch.float16, torch.float32, sources, targets, np.full_like(images, self.classes))
+
+    def release(self) -> None:
+        """Leave the pages read so far to the page cache: they no longer count as this process's memory."""
+        for shard in self._shards:
+            shard.release()
 
     def verify_records(self) -> None:
         """Read every record against its checksum, so that no damage waits for the middle of a run. Raises BadInput."""

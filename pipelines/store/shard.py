@@ -61,6 +61,10 @@ class Shard:
         start = int(self.offsets[row]) // page * page
         self._map.madvise(mmap.MADV_WILLNEED, start, int(self.offsets[row] + self.layout.end[row]) - start)
 
+    def release(self) -> None:
+        """See `FeatureStore.release`."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def verify(self, row: int) -> None:
         """Read a record against its checksum and the store's index. Raises BadInput naming the image."""
         m = self.metadata

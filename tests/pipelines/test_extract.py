@@ -246,8 +246,8 @@ def test_a_missing_gpu_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "pipelines" / "README.md").read_text()
-    section = text[text.index("## From images") :]
+    text = (ROOT / "pipelines" / "extract" / "README.md").read_text()
+    section = text[text.index("# From images to features") :]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert code and "python -m pipelines.extract photos photos.lmdb --detector my_detector:make" in section
     (tmp_path / "my_detector.py").write_text(code.group(1))

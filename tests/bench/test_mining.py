@@ -1,0 +1,19 @@
+"""The measurement of mining, on a few images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.mining import main
+
+
+def test_the_command_is_measured_as_users_run_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--images", "60", "--regions", "1", "--by", "captions"]) == 0
+    *said, measured = capfd.readouterr().out.splitlines()
+    assert said[0] == "captions, by captions: 60 images x 59 neighbours"
+    numbers = json.loads(measured)
+    assert 0.1 < numbers["peak_rss_gb"] < 1, "torch alone takes more than the one, so small a set not the other"
+    assert numbers["seconds"] > 0.1
+    assert numbers["conditions"]["threads"]
