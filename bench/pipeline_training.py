@@ -82,6 +82,7 @@ def widened(folder: Path, say: Callable[[str], None]) -> Path:
     root = (world.parent / sheet.get("root", ".")).resolve()
     target = folder / "wide"
     target.mkdir(exist_ok=True)
+    sheet["sets"] = {name: entry for name, entry in sheet["sets"].items() if isinstance(entry["features"], str)}
     for entry in sheet["sets"].values():
         for key in ("features", "candidates"):
             if key in entry:

@@ -238,7 +238,9 @@ def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT
         exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
         model.to(_DTYPES[config.precision])
     o = config.optimizer
-    settings = OptimizerSettings(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, update=o.update)
+    settings = OptimizerSettings(
+        betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, update=o.update, bias_correction=o.bias_correction
+    )
     base = o.base_lr or base_lr(rows)
     head_lr = {name: o.head_lr or base for name in model.heads if name.startswith("vil_")}
     optimizer = Optimizer(model, settings, base, head_lr)

@@ -70,11 +70,14 @@ class Decay(_Section):
 
 
 class Optimizer(_Section):
-    """AdamW by the published rule: no bias correction, decay after the step, on matrices only (spec section 4.4)."""
+    """AdamW by the published rule: decay after the step, on matrices only (spec section 4.4)."""
 
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times rate times weight, taken off after the step")
+    bias_correction: bool = Field(
+        False, description="of the two moments; the published pretraining has it, the tasks not"
+    )
     base_lr: float | None = Field(None, gt=0, description="the trunk's rate; none: the smallest of the tasks' rates")
     head_lr: float | None = Field(1e-4, gt=0, description="rate of the `vil_*` heads; none: the trunk's")
     update: Literal["live", "zero_filled"] = Field(
@@ -299,7 +302,7 @@ def _check_fit(config: RunConfig, rows: tuple[TaskRow, ...], sources: Sources) -
     """The model has room for the tasks, and the curriculum has tasks to begin with."""
     model, where = config.model, sources.origin(("model",))
     for row in rows:
-        if config.task_tokens != "none" and row.number >= model.task_rows:
+        if config.task_tokens != "none" and row.token and row.number >= model.task_rows:
             what = f"task {row.name} has number {row.number}, but the task-token table has {model.task_rows} rows"
             raise BadInput(f"{where}: model.task_rows", what, "raise it, or set task_tokens: none")
         if row.max_tokens > model.max_position_embeddings:

@@ -17,12 +17,14 @@ from kernels.adamw import adamw, square_sum
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW as published. `update`: "live" leaves heads that did not run alone (their moments too), "zero_filled" steps
-    every head that has ever run, with zero gradients, as the authors' code does."""
+    every head that has ever run, with zero gradients, as the authors' code does. `bias_correction`: moments are divided by
+    what they lack at first, as in pretraining (spec section 2.1); a skipped step counts as one."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     weight_decay: float = 0.01
     update: str = "live"
+    bias_correction: bool = False
 
 
 class Optimizer:
@@ -111,6 +113,7 @@ class _Unit:
         ]
         self.exp_avg = [huge_pages.empty_like(master).zero_() for master in self.masters]
         self.exp_avg_sq = [huge_pages.empty_like(master).zero_() for master in self.masters]
+        self.steps = torch.zeros(1, dtype=torch.int64)
         self._zeros: Tensor | None = None
 
     def gradients(self) -> list[Tensor]:
@@ -120,21 +123,34 @@ class _Unit:
     @torch.no_grad()
     def step(self, lr_multiplier: float, skipped: Tensor) -> None:
         """AdamW on every parameter, with zeros where no gradient arrived; then the gradients are dropped."""
-        s, lr = self.settings, self.lr * lr_multiplier
+        s = self.settings
+        self.steps += 1
+        lr, eps, share = self._corrected(self.lr * lr_multiplier)
         states = zip(self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, self.decay, strict=True)
         for parameter, master, exp_avg, exp_avg_sq, decay in states:
             gradient = self._zeros_like(parameter) if parameter.grad is None else parameter.grad
             weights = parameter.detach() if self._has_master(parameter) else None
             adamw(
                 gradient, master, exp_avg, exp_avg_sq, weights,
-                lr=lr, betas=s.betas, eps=s.eps, weight_decay=decay, skipped=skipped,
+                lr=lr, betas=s.betas, eps=eps, weight_decay=decay * share, skipped=skipped,
             )  # fmt: skip
         for block in self.blocks:
             block.drop_gradients()
 
+    def _corrected(self, lr: float) -> tuple[float, float, float]:
+        """(rate, eps, factor of the decay) with which the rule without bias correction does the step with it.
+
+        m / (1 - beta1^t) over sqrt(v / (1 - beta2^t)) + eps is m times a factor over sqrt(v) + eps times another.
+        """
+        s = self.settings
+        if not s.bias_correction or lr == 0:
+            return lr, s.eps, 1.0
+        first, second = (1 - beta ** int(self.steps) for beta in s.betas)
+        return lr * second**0.5 / first, s.eps * second**0.5, first / second**0.5
+
     def state(self) -> dict[str, Tensor]:
-        """Moments and masters by parameter name; the tensors themselves, not copies."""
-        tensors: dict[str, Tensor] = {}
+        """Moments and masters by parameter name, and where it matters the count of steps; the tensors, not copies."""
+        tensors: dict[str, Tensor] = {"steps": self.steps} if self.settings.bias_correction else {}
         states = zip(self.names, self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, strict=True)
         for name, parameter, master, exp_avg, exp_avg_sq in states:
             tensors |= {f"{name}/exp_avg": exp_avg, f"{name}/exp_avg_sq": exp_avg_sq}

@@ -8,7 +8,7 @@
     sets:
       vqa:
         source: coco                        # optional: whose images; sets of one source share image keys
-        features: features/coco.lmdb        # the store of detected regions
+        features: features/coco.lmdb        # the store of detected regions; {train: …, val: …} where splits have their own
         candidates: …                       # Visual7W, GuessWhat: the store of annotated boxes
         answers: vqa/trainval_label2ans.json
         hard_negatives: …                   # retrieval
@@ -32,10 +32,10 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import BadInput
 from pipelines.examples import Example
@@ -59,7 +59,7 @@ class SetEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str | None = Field(None, pattern=r"^[a-z0-9_]+$")
-    features: Path
+    features: Path | dict[Literal["train", "val", "test"], Path]
     candidates: Path | None = None
     answers: Path | None = None
     hard_negatives: Path | None = None
@@ -70,6 +70,19 @@ class SetEntry(BaseModel):
     def splits(self) -> list[str]:
         """The splits that the sheet names for this data set."""
         return [split for split in SPLITS if getattr(self, split) is not None]
+
+    def stores(self) -> dict[str, Path]:
+        """The store of detected regions of each split."""
+        if isinstance(self.features, Path):
+            return dict.fromkeys(self.splits(), self.features)
+        return {str(split): path for split, path in self.features.items()}
+
+    @model_validator(mode="after")
+    def _every_split_has_a_store(self) -> Self:
+        without = [split for split in self.splits() if split not in self.stores()]
+        if without:
+            raise ValueError(f"features: no store of split {without[0]}")
+        return self
 
 
 class _SheetFile(BaseModel):
@@ -105,7 +118,7 @@ class Sheet:
         """Whose images the data set shows: two sets of one source mean the same image by the same key."""
         entry = self.entry(name)
         beside = (other.source for other in self.sets.values() if other.features == entry.features and other.source)
-        return entry.source or next(beside, os.path.relpath(entry.features, self.root))
+        return entry.source or next(beside, os.path.relpath(next(iter(entry.stores().values())), self.root))
 
     def store(self, path: Path) -> FeatureStore:
         """The feature store at `path`. Raises BadInput as `FeatureStore` does."""
@@ -169,8 +182,12 @@ def inspect_sheet(path: Path, sets: Iterable[str] | None = None) -> tuple[Sheet 
 
 
 def _resolved(entry: SetEntry, root: Path) -> SetEntry:
-    paths = {key: value for key in _FILES if (value := getattr(entry, key)) is not None}
-    return entry.model_copy(update={key: _below(root, value) for key, value in paths.items()})
+    paths: dict[str, Any] = {key: _below(root, value) for key in _FILES if (value := getattr(entry, key)) is not None}
+    if isinstance(entry.features, Path):
+        paths["features"] = _below(root, entry.features)
+    else:
+        paths["features"] = {split: _below(root, path) for split, path in entry.features.items()}
+    return entry.model_copy(update=paths)
 
 
 def _below(root: Path, path: Path | str) -> Path:
@@ -178,7 +195,7 @@ def _below(root: Path, path: Path | str) -> Path:
     return Path(os.path.normpath(root / path))
 
 
-_FILES = ("features", "candidates", "answers", "hard_negatives")
+_FILES = ("candidates", "answers", "hard_negatives")
 
 
 def _useless_links(sheet: Sheet) -> Iterator[BadInput]:
@@ -194,8 +211,11 @@ def _missing_files(sheet: Sheet, sets: list[str]) -> Iterator[BadInput]:
         if name not in sheet.sets:
             yield BadInput(f"{sheet.path}: sets", f"no data set {name!r}", f"it has {', '.join(sorted(sheet.sets))}")
             continue
-        for key in _FILES:
-            file = getattr(sheet.sets[name], key)
+        entry = sheet.sets[name]
+        files = {"features": entry.features} if isinstance(entry.features, Path) else {
+            f"features.{split}": path for split, path in entry.stores().items()
+        }  # fmt: skip
+        for key, file in {**files, **{key: getattr(entry, key) for key in _FILES}}.items():
             if file is not None and not file.exists():
                 yield _missing(f"{sheet.path}: sets.{name}.{key}", file)
 

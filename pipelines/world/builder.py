@@ -102,10 +102,6 @@ def _build(path: Path, seed: int, size: str, progress: Progress) -> None:
             **_identity(seed, size), "pictures": len(plan.scenes),
             "images": {source: len(images) for source, images in plan.sources.items()},
             "test_images_in_train_or_val_percent": overlap(plan),
-            "conceptual_captions": {
-                split: {"captions": f"conceptual_captions/{name}.tsv", "features": f"features/cc_{split}.lmdb"}
-                for split, name in (("train", "Train_GCC-training"), ("val", "Validation_GCC-1.1.0-Validation"))
-            },
         })  # fmt: skip
         partial.chmod(0o755)
         if path.exists():
@@ -201,5 +197,11 @@ def sheet() -> dict[str, Any]:
             "nlvr2": {**nlvr2_photos, **nlvr2},
             "snli_ve": {**flickr, **snli_ve},
             "flickr30k_grounding": {**flickr, **grounding},
+            "conceptual_captions": {
+                "source": "conceptual_captions",
+                "features": {split: f"features/cc_{split}.lmdb" for split in ("train", "val")},
+                "train": {"captions": "conceptual_captions/Train_GCC-training.tsv"},
+                "val": {"captions": "conceptual_captions/Validation_GCC-1.1.0-Validation.tsv"},
+            },
         },
     }

@@ -23,7 +23,7 @@ SCALES = {"default": 1.0, "small": 0.1}
 
 PICTURES = {
     "coco": 1300, "coco_test2015": 90, "vg_linked": 500, "vg_own": 420, "flickr": 480,
-    "nlvr2_train": 320, "nlvr2_dev": 70, "nlvr2_test1": 70, "cc_train": 400, "cc_val": 60,
+    "nlvr2_train": 320, "nlvr2_dev": 70, "nlvr2_test1": 70, "cc_train": 1200, "cc_val": 200,
 }  # fmt: skip
 
 EXAMPLES: dict[str, dict[str, int]] = {

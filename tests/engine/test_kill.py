@@ -154,7 +154,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize(("owner", "name", "call"), [(loop, "train_step", 17), (validation, "loss_and_score", 8)])
+@pytest.mark.parametrize(("owner", "name", "call"), [(loop, "train_step", 17), (validation, "outcome", 8)])
 def test_a_signal_saves_and_the_run_continues_to_the_bit(
     data: Path,
     tmp_path: Path,

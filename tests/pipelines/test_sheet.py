@@ -47,7 +47,9 @@ def test_a_root_moves_all_paths(sheet: Path) -> None:
 
 def test_stores_are_opened_once(sheet: Path) -> None:
     loaded = load_sheet(sheet)
-    assert loaded.store(loaded.entry("answers").features) is loaded.store(loaded.entry("pairs").features)
+    assert loaded.store(loaded.entry("answers").stores()["val"]) is loaded.store(
+        loaded.entry("pairs").stores()["train"]
+    )
 
 
 CHANGES = {

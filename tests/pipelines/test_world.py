@@ -17,7 +17,7 @@ from pipelines.store.reader import FeatureStore
 from pipelines.wordpiece import WordPiece
 from pipelines.world import build, ensure
 from pipelines.world.plan import draw_plan
-from tests.pipelines.small_world import SEED, SPLITS, TASKS, examples, plan, sheet, world
+from tests.pipelines.small_world import SEED, TASKS, examples, plan, sheet, world
 from tests.reference import ROOT
 
 FOLDERS = ("vqa", "visual_genome", "gqa", "coco_retrieval", "flickr30k", "flickr30k_entities", "refcoco", "refcoco+",
@@ -104,8 +104,9 @@ def test_command_draws_a_picture(tmp_path: Path) -> None:
 def test_every_set_is_read_and_has_its_features() -> None:
     assert set(sheet().sets) == set(TASKS)
     for name in TASKS:
-        store = sheet().store(sheet().entry(name).features)
-        for split in SPLITS:
+        stores = sheet().entry(name).stores()
+        for split in sheet().entry(name).splits():
+            store = sheet().store(stores[split])
             of_split = examples(name, split)
             assert len(of_split) >= 8, (name, split)
             assert len({example.id for example in of_split}) == len(of_split), (name, split)
@@ -128,7 +129,7 @@ def test_every_word_is_known() -> None:
     assert entries[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(entries) == len(set(entries)) < 500
     for name in TASKS:
-        for split in SPLITS:
+        for split in sheet().entry(name).splits():
             ids, offsets = wordpiece.encode_batch([example.text for example in examples(name, split)], 512)
             assert 1 not in ids, (name, split)
             assert np.diff(offsets).max() <= min(TASKS[name]["max_tokens"], 128), (name, split)
