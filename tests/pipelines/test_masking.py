@@ -154,7 +154,7 @@ def test_an_overlap_of_exactly_the_limit_gives_nothing_away() -> None:
 @pytest.mark.parametrize("overlap", ["paper", "authors"])
 def test_a_batch_shows_what_is_left(overlap: Overlap, dtype: torch.dtype) -> None:
     data = captions()
-    masking = Masking(MASK, VOCABULARY, regions=0.4, overlap=overlap)
+    masking = Masking(MASK, VOCABULARY, regions=0.8, overlap=overlap)
     indices = list(range(40))
     batch = packed(indices, masking, dtype=dtype)
     target = batch.target
