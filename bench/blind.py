@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.journal import read_rows
-
-_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95 % quantiles of Student's t by sample size."""
+from bench.seeds import interval, results, train
 
 
 @dataclass(frozen=True)
@@ -62,37 +56,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: Path, runs: Path, seed: int, blind: bool) -> int:
-    folder = _folder(runs, seed, blind)
-    if _finished(folder):
-        return 0
-    resume = any((folder / "checkpoints").glob("iteration-*"))
-    command = [sys.executable, "-m", "engine.train"]
-    if resume:
-        command += ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint: nothing to continue from
-        command += ["--config", str(config), f"output={folder}", f"seed={seed}", f"blind={str(blind).lower()}"]
-        command += ["logging.console=plain", "threads=1"]
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / f"{folder.name}.log").open("a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    return train(config, folder_of(runs, seed, blind), [f"seed={seed}", f"blind={str(blind).lower()}"])
 
 
 def compare(runs: Path, seeds: list[int]) -> list[Comparison]:
     """One row per task, in the order of the first run."""
-    results = {(seed, blind): _results(_folder(runs, seed, blind)) for seed in seeds for blind in (False, True)}
+    found = {(seed, blind): results(folder_of(runs, seed, blind)) for seed in seeds for blind in (False, True)}
     rows = []
-    for task in results[seeds[0], False]:
-        seeing, blind = ([results[seed, side][task]["score"] for seed in seeds] for side in (False, True))
-        majority = results[seeds[0], False][task]["majority"]
+    for task in found[seeds[0], False]:
+        seeing, blind = ([found[seed, side][task]["score"] for seed in seeds] for side in (False, True))
+        majority = found[seeds[0], False][task]["majority"]
         rows.append(
             Comparison(
                 task,
                 statistics.mean(seeing),
-                _interval(seeing),
+                interval(seeing),
                 statistics.mean(blind),
-                _interval(blind),
+                interval(blind),
                 majority,
                 min(seeing) > max(blind),
             )
@@ -114,23 +94,8 @@ def table(comparisons: list[Comparison], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def _interval(values: list[float]) -> float:
-    """Half-width of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return float("nan")
-    return _T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def _results(folder: Path) -> dict[str, dict[str, float]]:
-    return {row["task"]: row for row in read_rows(folder / "events.jsonl") if row["event"] == "result"}
-
-
-def _finished(folder: Path) -> bool:
-    events = folder / "events.jsonl"
-    return events.exists() and any(row["event"] == "end" and row["reason"] == "done" for row in read_rows(events))
-
-
-def _folder(runs: Path, seed: int, blind: bool) -> Path:
+def folder_of(runs: Path, seed: int, blind: bool) -> Path:
+    """Where a run of `bench.blind` lies."""
     return runs / f"seed-{seed}{'-blind' if blind else ''}"
 
 

@@ -35,10 +35,9 @@ from rich.table import Table
 from bench import pipeline_scale, pipeline_training
 from bench.memory import anonymous_bytes
 from bench.peers.readers import AuthorsReader, UniterReader
-from bench.pipeline_images import Image, images
+from bench.pipeline_images import Image, images, key_of
 from bench.pipeline_readers import Memcpy, OurReader, write
 from bench.timing import conditions
-from kernels import heap
 from pipelines.batch import Batch
 from pipelines.errors import BadInput
 
@@ -131,15 +130,17 @@ def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None]) 
         found[name].cold_seconds = _cold(setting, name)
     say("reading with a warm one")
     readers = {name: KINDS[name].open(setting.path(KINDS[name])) for name in names}
-    keys = [str(number) for number in range(setting.images)]
+    keys = [key_of(number) for number in range(setting.images)]
     for reader in readers.values():  # every page is touched, every checksum tested
         for start in range(0, len(keys), setting.batch):
             reader.batch(keys[start : start + setting.batch])
     for turn in range(setting.rounds):
-        chosen = np.random.default_rng(turn).choice(keys, setting.batch).tolist()
-        for name, reader in readers.items():
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            # Images of its own: those of the reader before it lie in the caches.
+            chosen = np.random.default_rng((turn, place)).choice(keys, setting.batch).tolist()
             started = time.perf_counter()
-            batch = reader.batch(chosen)
+            batch = readers[name].batch(chosen)
             found[name].seconds.append(time.perf_counter() - started)
             del batch
     for name in names:
@@ -177,7 +178,7 @@ def _cold(setting: Setting, name: str, batches: int = 8) -> list[float]:
     kind = KINDS[name]
     seconds = []
     for turn in range(batches):
-        keys = [str(n % setting.images) for n in range(turn * setting.batch, (turn + 1) * setting.batch)]
+        keys = [key_of(n % setting.images) for n in range(turn * setting.batch, (turn + 1) * setting.batch)]
         _drop_pages(setting.path(kind))
         reader = kind.open(setting.path(kind))
         started = time.perf_counter()
@@ -213,7 +214,7 @@ def peak_bytes(setting: Setting, name: str) -> int:
     looking = Thread(target=look)
     looking.start()
     for turn in range(12):
-        reader.batch([str((turn * setting.batch + n) % setting.images) for n in range(setting.batch)])
+        reader.batch([key_of((turn * setting.batch + n) % setting.images) for n in range(setting.batch)])
     done.set()
     looking.join()
     return highest - before
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=1000, help="of each store (default: 1000, 0.4 GB in bfloat16)")
     parser.add_argument("--regions", type=int, default=100, help="of each image (default: 100)")
     parser.add_argument("--batch", type=int, default=64, help="images of a batch (default: 64)")
-    parser.add_argument("--rounds", type=int, default=25, help="batches a reader (default: 25)")
+    parser.add_argument("--rounds", type=int, default=36, help="batches a reader (default: 36)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--folder", type=Path, help="where the stores are made and kept (default: temporary)")
     parser.add_argument(
@@ -309,7 +310,6 @@ def _run(arguments: argparse.Namespace, folder: Path, names: list[str], say: Cal
     if arguments.training:  # first: with all threads, before this process keeps to one core
         result["waiting"] = pipeline_training.measure(folder, say)
         console.print(pipeline_training.table(result["waiting"]))
-    heap.keep()
     with _one_core():
         setting = Setting(folder, arguments.images, arguments.regions, arguments.batch, arguments.rounds)
         result = summary(setting, measure(setting, names, say)) | result

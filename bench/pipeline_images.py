@@ -22,10 +22,15 @@ class Image:
     """[regions, 4], pixels."""
 
 
+def key_of(number: int) -> str:
+    """An image's name: six digits, as most of COCO's have."""
+    return str(100_000 + number)
+
+
 def images(count: int, regions: int, width: int, first: int = 0) -> Iterator[Image]:
     """Images `first` to `first + count`, each a function of its number."""
     for number in range(first, first + count):
         random = np.random.default_rng(number)
         features = random.integers(0, 256, (regions, width), np.uint8).astype(np.float32) / np.float32(32)
         corners = np.sort(random.random((regions, 2, 2)), axis=1) * np.array([WIDTH, HEIGHT])
-        yield Image(str(number), features, corners.reshape(regions, 4).astype(np.float32))
+        yield Image(key_of(number), features, corners.reshape(regions, 4).astype(np.float32))

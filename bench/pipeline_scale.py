@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 from rich.table import Table
 
-from bench.pipeline_images import images
+from bench.pipeline_images import images, key_of
 from bench.pipeline_readers import OurReader, write
 from pipelines.errors import BadInput
 
@@ -69,7 +69,7 @@ def _scale(path: Path, count: int, shards: int) -> Scale:
     reader = OurReader(path)
     opened = time.perf_counter() - started
     random = np.random.default_rng(0)
-    keys = random.choice(count, min(_SAMPLE, count), replace=False).astype(str).tolist()
+    keys = [key_of(number) for number in random.choice(count, min(_SAMPLE, count), replace=False).tolist()]
     for start in range(0, len(keys), _BATCH):
         reader.batch(keys[start : start + _BATCH])
     seconds = []

@@ -80,7 +80,9 @@ class TaskRow(_Row):
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="how runs, checkpoints and reports call it")
     title: str = Field(description="how people call it")
     number: int = Field(
-        ge=0, lt=MAX_TASK_NUMBER, description="row of the task-token table, where it has a token; part of every random draw"
+        ge=0,
+        lt=MAX_TASK_NUMBER,
+        description="row of the task-token table, where it has a token; part of every random draw",
     )
     group: str = Field(pattern=r"^\S+$", description="the paper's group: G1 ... G4")
     head: str = Field(description="name of its head")

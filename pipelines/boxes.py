@@ -53,7 +53,9 @@ def locations(boxes: ArrayLike, width: ArrayLike, height: ArrayLike) -> Float32:
     the global row 0, 0, 1, 1, 1.
     """
     xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    size = np.broadcast_to(np.stack([width, height], axis=-1).astype(np.float32), (len(xyxy), 2))
-    scaled = xyxy / np.concatenate([size, size], axis=1)
-    area = (scaled[:, 2] - scaled[:, 0]) * (scaled[:, 3] - scaled[:, 1])
-    return np.concatenate([scaled, area[:, None]], axis=1)
+    found = np.empty((len(xyxy), 5), np.float32)
+    left, top, right, bottom, area = found.T
+    np.divide(xyxy[:, ::2], np.asarray(width, np.float32).reshape(-1, 1), out=found[:, 0:4:2])
+    np.divide(xyxy[:, 1::2], np.asarray(height, np.float32).reshape(-1, 1), out=found[:, 1:4:2])
+    np.multiply(right - left, bottom - top, out=area)
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -20,7 +21,7 @@ from pipelines.candidates import tie
 from pipelines.errors import BadInput
 from pipelines.examples import Example
 from pipelines.negatives import CaptionPool, load_hard_pool
-from pipelines.random import image_keys
+from pipelines.random import image_keys, text_keys
 from pipelines.sheet import Sheet
 from pipelines.store.reader import FeatureStore
 from pipelines.targets import (
@@ -102,6 +103,11 @@ class TaskData:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def text_keys(self) -> NDArray[np.int64]:
+        """int64 [n]: `pipelines.random.text_keys`."""
+        return text_keys(self.spec.number, np.arange(len(self)))
 
     @property
     def stores(self) -> tuple[FeatureStore, ...]:

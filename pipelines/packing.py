@@ -19,7 +19,6 @@ from pipelines.batch import Batch, BatchTarget, OptionTarget
 from pipelines.boxes import Float32, locations
 from pipelines.datasets import TaskData
 from pipelines.negatives import draw_options
-from pipelines.random import text_keys
 from pipelines.slab import in_one_slab
 from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
 
@@ -106,6 +105,7 @@ def skeleton(
 
     `texts`: the example that each text is of, int64 [n_texts]. `pixels`: the regions' boxes.
     """
+    text_rows, image_rows = np.diff(cu_texts), np.diff(regions.cu_images)
     return Batch(
         task=data.spec.name,
         examples=len(indices),
@@ -117,12 +117,14 @@ def skeleton(
         cu_images=torch.from_numpy(regions.cu_images.astype(np.int32)),
         pair_text=torch.from_numpy(pair_text),
         pair_image=torch.from_numpy(pair_image),
-        text_key=torch.from_numpy(text_keys(data.spec.number, texts)),
+        text_key=torch.from_numpy(data.text_keys[texts]),
         image_key=torch.from_numpy(data.image_keys[regions.images]),
         target=target,
-        max_text=int(np.diff(cu_texts).max()),
-        max_image=int(np.diff(regions.cu_images).max()),
+        max_text=int(text_rows.max()),
+        max_image=int(image_rows.max()),
         example_ids=tuple(data.ids[indices].tolist()),
+        pair_text_rows=int(text_rows[pair_text].sum()),
+        pair_image_rows=int(image_rows[pair_image].sum()),
     )
 
 
@@ -162,8 +164,8 @@ class Regions:
 
     def locations(self, pixels: Float32) -> Float32:
         """Boxes in shares of the image, float32 [R, 5]."""
-        size = np.repeat(self.data.store.sizes[self.images], np.diff(self.cu_images), axis=0)
-        return locations(pixels, size[:, 0], size[:, 1])
+        rows, sizes = np.diff(self.cu_images), self.data.store.sizes[self.images].astype(np.float32)
+        return locations(pixels, np.repeat(sizes[:, 0], rows), np.repeat(sizes[:, 1], rows))
 
     def fill(self, features: Tensor, threads: int) -> None:
         """Copy the features from the memory map to where they stay, [at least R, F]; rows beyond R become zeros."""
@@ -194,11 +196,9 @@ def _unique(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int64]]:
     """
     if not share:
         return items, np.arange(len(items))
-    unique, first, inverse = np.unique(items, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return unique[order], place[inverse]
+    places: dict[int, int] = {}
+    used = [places.setdefault(item, len(places)) for item in items.tolist()]
+    return np.fromiter(places, np.int64, len(places)), np.array(used)
 
 
 def _unique_within(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int64]]:

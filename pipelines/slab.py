@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,14 +20,15 @@ def in_one_slab(batch: Batch, take: Callable[[int], Tensor]) -> Batch:
 
     A tensor on the device `meta` has a shape and no values: it gets its place, which is left to be filled.
     """
-    sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in batch.tensors()]
-    starts = ragged.offsets_of(sizes).tolist()
+    sizes = [x.nbytes for x in batch.tensors()]
+    starts = ragged.offsets_of([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]).tolist()
     slab = take(starts[-1])
-    ranges = pairwise(starts)
+    memory, following = slab.numpy(), iter(starts)
+    for start, size, end in zip(starts, sizes, starts[1:], strict=False):
+        memory[start + size : end] = 0
 
     def settled(x: Tensor) -> Tensor:
-        start, end = next(ranges)
-        slab[start + x.nbytes : end].zero_()
+        start = next(following)
         place = slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
         return place if x.is_meta else place.copy_(x)
 

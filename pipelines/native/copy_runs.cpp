@@ -122,7 +122,7 @@ Convert best(int32_t from, int32_t to) {
 }
 
 constexpr int64_t kLong = 64 << 10;  // bytes
-constexpr int64_t kAhead = 2048;  // bytes that are asked for before they are read; a page of a map has no neighbour that the CPU knows
+constexpr int64_t kAhead = 8192;  // bytes that are asked for before they are read: two pages, whose addresses are looked up then
 
 using Copy = void (*)(char*, const char*, int64_t);
 

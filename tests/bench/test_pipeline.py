@@ -12,7 +12,7 @@ import torch
 
 from bench import pipeline, pipeline_scale, pipeline_training
 from bench.pipeline import KINDS, MEMCPY, OURS, Measured, Setting, check, summary
-from bench.pipeline_images import images
+from bench.pipeline_images import images, key_of
 from pipelines.errors import BadInput
 from pipelines.store.reader import FeatureStore
 
@@ -47,13 +47,13 @@ def test_one_wrong_value_is_found(setting: Setting, name: str, monkeypatch: pyte
         return made
 
     monkeypatch.setattr(Setting, "made", other)
-    with pytest.raises(BadInput, match="image 4: a batch holds other features"):
+    with pytest.raises(BadInput, match="image 100004: a batch holds other features"):
         check(setting, name)
 
 
 def test_memcpy_moves_the_bytes_of_the_features(setting: Setting) -> None:
-    copied = KINDS[MEMCPY].open(setting.path(KINDS[MEMCPY])).batch(["3", "0"])
-    record = FeatureStore(setting.path(KINDS[MEMCPY])).record("3")
+    copied = KINDS[MEMCPY].open(setting.path(KINDS[MEMCPY])).batch([key_of(3), key_of(0)])
+    record = FeatureStore(setting.path(KINDS[MEMCPY])).record(key_of(3))
     assert bytes(copied.numpy())[: record.features.nbytes] == record.features.tobytes()
 
 
