@@ -16,7 +16,7 @@ def write_run(folder: Path, scores: dict[str, float], done: bool = True) -> None
         {"iteration": 9, "event": "result", "task": task, "score": score, "majority": 0.25}
         for task, score in scores.items()
     ]
-    rows += [{"iteration": 9, "event": "end", "reason": "done" if done else "signal"}]  # type: ignore[list-item]
+    rows += [{"iteration": 9, "event": "end", "reason": "done" if done else "signal"}]
     (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

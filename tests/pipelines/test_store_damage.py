@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import ragged
 from pipelines.errors import BadInput
 from pipelines.store import metadata, shard
 from pipelines.store.lmdb_file import LmdbFile
 from pipelines.store.metadata import METADATA_KEY, pack_metadata, unpack_metadata
 from pipelines.store.reader import FeatureStore, Verify
 from pipelines.store.record import checksum
-from tests.pipelines.stores import write_store
+from pipelines.store.writer import StoreWriter
+from tests.pipelines.stores import HEIGHT, WIDTH, made_up, write_store
 from tests.reference import ROOT, reference
 
 
@@ -32,8 +34,12 @@ def read_all(path: Path) -> str:
     digest = hashlib.sha256(repr((store.keys(), store.counts.tolist(), store.sizes.tolist(), store.dtype)).encode())
     for key in store:
         record = store.record(key)
-        for part in (record.mean, record.boxes, record.features, record.class_probs):
+        for part in (record.mean, record.boxes, record.features, record.class_probs, record.scales):
             digest.update(b"" if part is None else part.tobytes())
+    starts = ragged.offsets_of(store.counts + 1)
+    features = torch.zeros(int(starts[-1]), store.feature_dim)
+    store.gather(np.arange(len(store)), starts[:-1], features)
+    digest.update(features.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -92,9 +98,10 @@ def run_flips(path: Path, what: str, seed: int = 0) -> tuple[int, str]:
     return int(refused), silent
 
 
-def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path, dtype: str) -> None:
     """Everywhere in the file, and densely in the pages of the tree, where LMDB's own library would crash."""
-    refused, silent = run_flips(write_store(tmp_path / "s", 150, classes=4), "store")
+    refused, silent = run_flips(write_store(tmp_path / "s", 150, dtype=dtype, classes=4), "store")
     assert silent == "[]" and refused > 150
 
 
@@ -138,6 +145,16 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             FeatureStore(tmp_path / "s")
     data.write_bytes(whole + bytes(4096))
     FeatureStore(tmp_path / "s")
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        with StoreWriter(tmp_path / "s" / part, 32) as writer:
+            writer.add(part, *made_up(8)[:2], WIDTH, HEIGHT)
+    data = tmp_path / "s" / "b" / "data.mdb"
+    data.write_bytes(data.read_bytes()[:-4096])
+    with pytest.raises(BadInput, match=r"b.data\.mdb: truncated"):
+        FeatureStore(tmp_path / "s")
 
 
 def rewrite(path: Path, change: Callable[[dict[bytes, bytes]], None]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_an_error_keeps_what_was_added_and_resume_goes_on(tmp_path: Path) -> Non
 _WRITE = """
 import sys
 from pathlib import Path
+from random import Random
 from pipelines.errors import BadInput
 from pipelines.store import writer
 from pipelines.store.writer import StoreWriter
@@ -146,9 +148,12 @@ def start(path: Path, mode: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "points", [(1, 37, 120, 199), pytest.param(tuple(Random(0).sample(range(200), 30)), marks=pytest.mark.slow)]
+)
+def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path: Path, points: tuple[int, ...]) -> None:
     write_store(tmp_path / "whole", 200, dtype="float32")
-    for kill_after in (1, 37, 120, 199):
+    for kill_after in points:
         path = tmp_path / f"s{kill_after}"
         process = start(path, "new")
         assert process.stdout
