@@ -15,7 +15,6 @@ from rich.table import Table
 
 from pipelines.errors import BadInput
 from pipelines.store.reader import FeatureStore
-from pipelines.store.record import bfloat16_values
 from pipelines.store.writer import StoreWriter
 from pipelines.world import ensure
 
@@ -102,8 +101,7 @@ def _widen(source: Path, target: Path, regions: int | None) -> None:
     with StoreWriter(target, WIDTH, "bfloat16", "bench.pipeline") as writer:
         for key in store:
             record = store.record(key)
-            bits = record.features
-            stored = bfloat16_values(bits.view(np.uint16)) if store.dtype == "bfloat16" else bits.astype(np.float32)
+            stored = record.values()
             rows = np.arange(regions or len(stored)) % len(stored)
             features = np.maximum(stored @ mixing, 0)[rows]
             writer.add(key, features, record.boxes[rows], record.width, record.height)

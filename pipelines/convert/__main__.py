@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert import butd_tsv, npz, uniter_lmdb, vilbert_lmdb, vinvl_pt
+from pipelines.convert import butd_tsv, npz, store, uniter_lmdb, vilbert_lmdb, vinvl_pt
 from pipelines.convert.source import Sizes, SourceImage, read_sizes
 from pipelines.errors import BadInput
 from pipelines.identity import image_key
@@ -24,6 +24,7 @@ FORMATS: dict[str, Callable[[Path, Sizes | None], Iterator[SourceImage]]] = {
     "npz": npz.images,
     "vilbert-lmdb": vilbert_lmdb.images,
     "uniter-lmdb": uniter_lmdb.images,
+    "store": store.images,
 }
 _NEED_SIZES = ("npz", "uniter-lmdb")
 
@@ -36,6 +37,10 @@ FORMAT
   npz           one .npz per image: features|x, boxes|bbox (or norm_bb), image_width|image_w|..., class_probs
   vilbert-lmdb  the LMDBs of the 12-in-1 authors: pickled dictionaries, read through an allow-list
   uniter-lmdb   UNITER's LMDBs: msgpack or npz values; needs --sizes
+  store         a store made by this command, to be kept in another --dtype
+
+--dtype uint8 keeps a byte a value and a scale a region, for features of at least 0: half of float16's size, an error of up to
+half a step of 1/255 of the region's largest value.
 """
 _EPILOG = """\
 Images are keyed by one rule for all formats: COCO_train2014_000000131486.jpg, 131486 and

@@ -58,6 +58,13 @@ class Record:
     scales: Float32 | None = None
     """float32 [n] where the features are uint8."""
 
+    def values(self) -> Float32:
+        """The features as numbers, float32 [n, F]."""
+        if self.features.dtype == np.uint16:
+            return bfloat16_values(self.features.view(np.uint16))
+        numbers: Float32 = self.features.astype(np.float32)
+        return numbers if self.scales is None else numbers * self.scales[:, None]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout(Generic[Ints]):

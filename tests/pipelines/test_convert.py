@@ -13,6 +13,8 @@ from pipelines.convert.__main__ import convert, main
 from pipelines.errors import BadInput
 from pipelines.identity import image_key
 from pipelines.store.reader import FeatureStore
+from pipelines.store.record import DTYPES
+from tests.pipelines.stores import write_store
 from tests.reference import reference
 
 DATA = "data"
@@ -114,6 +116,21 @@ def test_a_missing_size_is_named(tmp_path: Path, sizes: Path) -> None:
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(BadInput, match=r"wrong.json: no JSON object"):
             converted(tmp_path, "uniter-lmdb", UNITER, sizes=tmp_path / "wrong.json")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_store_is_kept_in_another_type(tmp_path: Path, dtype: str) -> None:
+    first = FeatureStore(write_store(tmp_path / "a", 12, dtype="float32", classes=5))
+    assert convert("store", tmp_path / "a", tmp_path / "b", dtype) == (12, int(first.counts.sum()))
+    second = FeatureStore(tmp_path / "b")
+    assert second.keys() == first.keys() and second.dtype == dtype
+    step = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "uint8": 0.5 / 255}[dtype]
+    for key in first:
+        ours, theirs = second.record(key), first.record(key)
+        largest = theirs.values().max(axis=1, keepdims=True)
+        assert (np.abs(ours.values() - theirs.values()) <= 1.001 * step * largest).all()
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+        assert (ours.class_probs is None) == (theirs.class_probs is None)
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

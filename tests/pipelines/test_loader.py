@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.errors import BadInput
 from pipelines.loader import Loader, TrainingSource, validation_batches
+from pipelines.packing import arena
 from pipelines.sampler import Sampler
 from tests.pipelines import small
 from tests.pipelines.test_packing import assert_equal
@@ -97,3 +98,16 @@ def test_validation_goes_through_the_split_in_order(sheet: Path) -> None:
     few = list(validation_batches(data, 16, seed=5, task_token=None, max_examples=20))
     assert sum(batch.examples for batch in few) == 20
     assert np.concatenate([batch.text_key for batch in few]).size
+
+
+def test_memory_stays_as_it_is_over_ten_epochs(sources: dict[str, TrainingSource]) -> None:
+    held: list[int] = []
+    with Loader(sources, depth=3) as loader:
+        for epoch in range(10):
+            for step in range(epoch * 3, epoch * 3 + 3):
+                for name in NAMES:
+                    loader.request(name, step)
+                for name in NAMES:
+                    loader.take(name, step)
+            held.append(arena().allocated)
+    assert held[1:] == held[1:2] * 9, held
