@@ -4,7 +4,7 @@ before the first step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from pipelines.loader import TrainingSource, validation_batches
 from pipelines.masking import Masking
 from pipelines.overlap import TRAINED_ON
 from pipelines.pretraining import check_classes
+from pipelines.resident import Resident
 from pipelines.sampler import Sampler
 from pipelines.sheet import Sheet, load_sheet
 from pipelines.wordpiece import WordPiece
@@ -78,6 +79,7 @@ class Parts:
             blind=self.config.blind if blind is None else blind,
             max_examples=self.config.validation.max_examples,
             masking=task.train.masking,
+            resident=task.train.resident,
         )
 
 
@@ -108,6 +110,8 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     if held.path is not None:
         say(held.told([task.train.data for task in tasks.values()], [task.val for task in tasks.values()]))
     _verify_stores(tasks, say)
+    if config.resident_features:
+        tasks = _with_resident_features(tasks, config, device, say)
     model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
 
@@ -178,8 +182,22 @@ def _read(
         for data in (train, val):
             check_classes(data, config.model.v_target_size)
     return TrainingSource(
-        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid, masking
+        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid, masking,
+        config.data_threads,
     ), val  # fmt: skip
+
+
+def _with_resident_features(
+    tasks: dict[str, Task], config: RunConfig, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Task]:
+    for name, task in tasks.items():
+        if task.row.loss == "masked":
+            what = f"{name}: pretraining changes the features of every batch, so they cannot stay as they are"
+            raise BadInput("resident_features", what, "resident_features: false")
+    datas = [data for task in tasks.values() for data in (task.train.data, task.val)]
+    resident = Resident.of(datas, _DTYPES[config.precision], device)
+    say(f"features on {device}: {resident.table.nbytes / 2**30:.2f} GiB")
+    return {name: replace(task, train=replace(task.train, resident=resident)) for name, task in tasks.items()}
 
 
 def _verify_stores(tasks: dict[str, Task], say: Callable[[str], None]) -> None:

@@ -155,6 +155,7 @@ class Outcome:
 
 def outcome(model: ViLBERT, batch: Batch, head: str, random: Randomness, share: bool = True) -> Outcome:
     """Forward and loss of one batch, by what it asks for."""
+    batch = batch.with_features()
     if isinstance(batch.target, MaskedTarget):
         parts, score = pretraining_losses(model, batch, random)
         return Outcome(torch.stack(parts).sum(), score, parts)

@@ -114,8 +114,13 @@ class Batch:
     padding: int = 0
     """Of these text and region rows, how many are of the dummy example that stands at the end; 0: there is none. `examples`
     does not count it, nor do `example_ids`, soft labels, options and classes; `cu_regions` and the `offsets` of choices do."""
+    feature_rows: Tensor | None = None
+    """int64 [R]: rows of `resident` that the features are, where they stay on the device; `features` is then a shape alone
+    (device `meta`) until `with_features`."""
     slab: Tensor | None = None
     """uint8: the memory that every tensor above is a view of, so that one copy moves them all; None: each has its own."""
+    resident: Tensor | None = None
+    """[N, F] on the device, shared by all batches: `pipelines.resident`. Not moved with the batch."""
 
     def __post_init__(self) -> None:
         if self.pair_text_rows < 0:
@@ -151,8 +156,15 @@ class Batch:
 
         return replace(self.map(moved), slab=slab[: self.slab.numel()])
 
+    def with_features(self) -> Batch:
+        """The batch with features to compute with: itself, or a copy with those that stay on the device."""
+        if self.resident is None:
+            return self
+        assert self.feature_rows is not None
+        return replace(self, features=self.resident.index_select(0, self.feature_rows))
+
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the batch and its target, in the order of `map`; the slab is none of them."""
+        """Every tensor of the batch and its target that moves with it, in the order of `map`."""
         found: list[Tensor] = []
 
         def noted(x: Tensor) -> Tensor:
@@ -163,9 +175,13 @@ class Batch:
         return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """A copy of the batch with all of its tensors changed, without a slab."""
-        changed: Batch = _each(replace(self, slab=None), change)
-        return changed
+        """A copy of the batch with all of its tensors changed, but for what stays on the device; without a slab."""
+        if self.resident is None:
+            changed: Batch = _each(replace(self, slab=None), change)
+            return changed
+        features = self.features
+        moved: Batch = _each(replace(self, slab=None, resident=None), lambda x: x if x is features else change(x))
+        return replace(moved, features=features, resident=self.resident)
 
 
 def _each(part, change: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]

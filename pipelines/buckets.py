@@ -154,6 +154,8 @@ def pad(batch: Batch, grid: Grid | None = None) -> Batch:
         "text_key": [batch.text_key, _zeros(batch.text_key, len(texts.lengths))],
         "image_key": [batch.image_key, _zeros(batch.image_key, len(images.lengths))],
     }
+    if batch.feature_rows is not None:
+        pieces["feature_rows"] = [batch.feature_rows, _zeros(batch.feature_rows, image.rows - before.image.rows)]
     target = _pad_target(batch.target, [images.lengths[item] for item in images.of_pairs])
     joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in pieces.items()}
     new_target = {name: torch.cat(parts) for name, parts in target.items()}

@@ -19,6 +19,7 @@ from pipelines.datasets import TaskData
 from pipelines.masking import Masking
 from pipelines.packing import pack
 from pipelines.pretraining import pack_masked
+from pipelines.resident import Resident
 from pipelines.sampler import Sampler
 
 BatchSource = Callable[[int], Batch]
@@ -41,6 +42,8 @@ class TrainingSource:
     """Pretraining: what is hidden."""
     threads: int = 1
     """How many copy a batch's features."""
+    resident: Resident | None = None
+    """Where they stay on the device."""
 
     def __call__(self, step: int) -> Batch:
         indices, epoch, seed = self.sampler.indices(step), self.sampler.epoch(step), self.sampler.seed
@@ -51,7 +54,7 @@ class TrainingSource:
             )  # fmt: skip
         return pack(
             self.data, indices, epoch=epoch, seed=seed, training=True, task_token=self.task_token, dtype=self.dtype,
-            share=self.share, blind=self.blind, grid=self.grid, threads=self.threads,
+            share=self.share, blind=self.blind, grid=self.grid, threads=self.threads, resident=self.resident,
         )  # fmt: skip
 
 
@@ -66,6 +69,7 @@ def validation_batches(
     blind: bool = False,
     max_examples: int | None = None,
     masking: Masking | None = None,
+    resident: Resident | None = None,
 ) -> Iterator[Batch]:
     """A split in its own order, each example once; wrong options and what is hidden are the same at every pass."""
     count = len(data) if max_examples is None else min(len(data), max_examples)
@@ -76,7 +80,7 @@ def validation_batches(
         else:
             yield pack(
                 data, indices, epoch=0, seed=seed, training=False, task_token=task_token, dtype=dtype, share=share,
-                blind=blind,
+                blind=blind, resident=resident,
             )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.batch import Batch, BatchTarget, OptionTarget
 from pipelines.boxes import Float32, locations
 from pipelines.datasets import TaskData
 from pipelines.negatives import draw_options
+from pipelines.resident import Resident
 from pipelines.slab import in_one_slab
 from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
 
@@ -36,6 +37,7 @@ def pack(
     blind: bool = False,
     grid: buckets.Grid | None = None,
     threads: int = 1,
+    resident: Resident | None = None,
 ) -> Batch:
     """The batch of these examples, on the host, in one slab. Equal arguments give equal batches.
 
@@ -44,7 +46,7 @@ def pack(
     image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
     zeroes the features and leaves the boxes: what can be said without looking. With a `grid` the batch is padded to a
     shape bucket; then `share` shares within examples alone, so that every batch has equally many items. `threads` copy
-    features. Raises BadInput for a damaged record.
+    features. With `resident`, those stay where they are, and their rows' numbers travel. Raises BadInput for a damaged record.
     """
     texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
     if grid is None:
@@ -71,10 +73,15 @@ def pack(
         task_token,
         dtype,
     )
+    if resident is not None:
+        rows = np.zeros(regions.rows, np.int64) if blind else regions.resident_rows(resident)
+        batch = replace(batch, feature_rows=torch.from_numpy(rows), resident=resident.table)
     if grid is not None:
         batch = buckets.pad(batch, grid)
     batch = in_one_slab(batch, arena().take)
-    if blind:
+    if resident is not None:
+        pass  # they are on the device already
+    elif blind:
         batch.features.zero_()
     else:
         regions.fill(batch.features, threads)
@@ -173,6 +180,15 @@ class Regions:
         if self.data.candidates is not None:
             self.data.candidates.gather(*self._annotated(), features, global_row=False, threads=threads)
         features[self.rows :].zero_()
+
+    def resident_rows(self, resident: Resident) -> NDArray[np.int64]:
+        """Where these rows lie in the resident table, int64 [R]."""
+        parts = resident.rows(self.data.store, self.images, self.detected, global_row=True)
+        if self.data.candidates is not None:
+            images, _ = self._annotated()
+            annotated = resident.rows(self.data.candidates, images, self.data.candidate_counts(self.images), False)
+            parts = [part for pair in zip(parts, annotated, strict=True) for part in pair]
+        return np.concatenate(parts)
 
     def _annotated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the images in the store of annotated boxes, and where those begin in the batch."""
