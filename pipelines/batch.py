@@ -8,7 +8,8 @@ example that `pipelines.buckets` puts at the end of a batch whose shapes must re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -143,38 +144,51 @@ class Batch:
     def in_slab(self, slab: Tensor) -> Batch:
         """The same batch read from other memory: each tensor is a view of `slab`, at the place that it has in its own."""
         assert self.slab is not None
-        first = self.slab.storage_offset()
-
-        def moved(x: Tensor) -> Tensor:
-            start = x.storage_offset() * x.element_size() - first
-            return slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
-
-        return replace(self.map(moved), slab=slab[: self.slab.numel()])
+        return replace(moved(replace(self, slab=None), self.slab, slab), slab=slab[: self.slab.numel()])
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the batch and its target, in the order of `map`; the slab is none of them."""
-        found: list[Tensor] = []
-
-        def noted(x: Tensor) -> Tensor:
-            found.append(x)
-            return x
-
-        self.map(noted)
-        return found
+        return tensors_of(replace(self, slab=None))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy of the batch with all of its tensors changed, without a slab."""
-        changed: Batch = _each(replace(self, slab=None), change)
-        return changed
+        return changed(replace(self, slab=None), change)
 
 
-def _each(part, change: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]
-    """A copy of a dataclass with all of its tensors changed."""
-    changes = {}
-    for field in fields(part):
+Part = TypeVar("Part")
+"""A dataclass of tensors and of other such dataclasses."""
+
+
+def changed(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
+    """A copy with all tensors changed, in the order of the fields."""
+    changes: dict[str, object] = {}
+    for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = change(value)
-        elif field.name == "target" and value is not None:
-            changes[field.name] = _each(value, change)
-    return replace(part, **changes)
+        elif is_dataclass(value):
+            changes[field.name] = changed(value, change)
+    return replace(part, **changes)  # type: ignore[type-var]
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """All tensors, in the same order."""
+    found: list[Tensor] = []
+
+    def noted(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    changed(part, noted)
+    return found
+
+
+def moved(part: Part, slab: Tensor, other: Tensor) -> Part:
+    """A copy whose tensors, views of `slab` before, are views of the same places of `other`."""
+    first = slab.storage_offset()
+
+    def move(x: Tensor) -> Tensor:
+        start = x.storage_offset() * x.element_size() - first
+        return other[start : start + x.nbytes].view(x.dtype).view(x.shape)
+
+    return changed(part, move)

@@ -1,30 +1,27 @@
-"""From columns to a `Batch`: packed rows, unique items, pairs by index; the features are copied once, to where they stay.
+"""From columns to a `Batch`: packed rows, unique items, pairs by index; the features are copied once, to where they stay
+(`pipelines.draft`).
 
 Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B examples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines import buckets, ragged
-from pipelines.arena import Arena
 from pipelines.batch import Batch, BatchTarget, OptionTarget
-from pipelines.boxes import Float32, locations
+from pipelines.boxes import Float32
 from pipelines.datasets import TaskData
+from pipelines.draft import Draft, filling
 from pipelines.negatives import draw_options
 from pipelines.random import text_keys
-from pipelines.slab import in_one_slab
+from pipelines.regions import Regions
 from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
 
 
-def pack(
+def draft(
     data: TaskData,
     indices: Indices,
     *,
@@ -37,8 +34,8 @@ def pack(
     blind: bool = False,
     grid: buckets.Grid | None = None,
     threads: int = 1,
-) -> Batch:
-    """The batch of these examples, on the host, in one slab. Equal arguments give equal batches.
+) -> Draft:
+    """The batch of these examples, before its features. Equal arguments give equal batches.
 
     `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
     `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
@@ -74,18 +71,11 @@ def pack(
     )
     if grid is not None:
         batch = buckets.pad(batch, grid)
-    batch = in_one_slab(batch, arena().take)
-    if blind:
-        batch.features.zero_()
-    else:
-        regions.fill(batch.features, threads)
-    return batch
+    return Draft(batch, regions, blind=blind, threads=threads)
 
 
-@cache
-def arena() -> Arena:
-    """The process's memory for batches."""
-    return Arena(pin=torch.cuda.is_available())
+pack = filling(draft)
+"""The same, on the host, in one slab."""
 
 
 def skeleton(
@@ -124,57 +114,6 @@ def skeleton(
         max_image=int(np.diff(regions.cu_images).max()),
         example_ids=tuple(data.ids[indices].tolist()),
     )
-
-
-@dataclass(frozen=True)
-class Regions:
-    """The region rows of a batch's images: global row, detected rows, annotated rows of each."""
-
-    data: TaskData
-    images: Indices
-    """int64 [n_images]: store rows."""
-    detected: NDArray[np.int64]
-    """int64 [n_images]: detected rows taken; `max_regions` may cut some from the end."""
-    cu_images: ragged.Offsets
-    """int64 [n_images + 1]."""
-
-    @classmethod
-    def of(cls, data: TaskData, images: Indices) -> Regions:
-        detected, annotated = data.detector_counts(images), data.candidate_counts(images)
-        return cls(data, images, detected, ragged.offsets_of(1 + detected + annotated))
-
-    @property
-    def rows(self) -> int:
-        return int(self.cu_images[-1])
-
-    @property
-    def first_candidate(self) -> NDArray[np.int64]:
-        """int64 [n_images]: row within the image."""
-        return 1 + self.detected
-
-    def pixels(self) -> Float32:
-        """Boxes in pixels, float32 [R, 4]."""
-        boxes = np.empty((self.rows, 4), np.float32)
-        self.data.store.gather_boxes(self.images, self.cu_images[:-1], boxes, taken=self.detected)
-        if self.data.candidates is not None:
-            self.data.candidates.gather_boxes(*self._annotated(), boxes, global_row=False)
-        return boxes
-
-    def locations(self, pixels: Float32) -> Float32:
-        """Boxes in shares of the image, float32 [R, 5]."""
-        size = np.repeat(self.data.store.sizes[self.images], np.diff(self.cu_images), axis=0)
-        return locations(pixels, size[:, 0], size[:, 1])
-
-    def fill(self, features: Tensor, threads: int) -> None:
-        """Copy the features from the memory map to where they stay, [at least R, F]; rows beyond R become zeros."""
-        self.data.store.gather(self.images, self.cu_images[:-1], features, taken=self.detected, threads=threads)
-        if self.data.candidates is not None:
-            self.data.candidates.gather(*self._annotated(), features, global_row=False, threads=threads)
-        features[self.rows :].zero_()
-
-    def _annotated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of the images in the store of annotated boxes, and where those begin in the batch."""
-        return self.data.candidate_rows[self.images].astype(np.int64), self.cu_images[:-1] + self.first_candidate
 
 
 def _pairs(data: TaskData, indices: Indices, *, epoch: int, seed: int, training: bool) -> tuple[Indices, Indices]:

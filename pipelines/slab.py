@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines import ragged
-from pipelines.batch import Batch
+from pipelines.batch import Batch, Part, changed, tensors_of
 
 ALIGNMENT = 256
 """Bytes; each tensor begins at a multiple, as torch's own allocations on a GPU do."""
@@ -21,18 +21,29 @@ def in_one_slab(batch: Batch, take: Callable[[int], Tensor]) -> Batch:
 
     A tensor on the device `meta` has a shape and no values: it gets its place, which is left to be filled.
     """
-    sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in batch.tensors()]
+    slab, batch = settled(batch, take)
+    return replace(batch, slab=slab)
+
+
+def settled(part: Part, take: Callable[[int], Tensor]) -> tuple[Tensor, Part]:
+    """The same for any dataclass of tensors: the slab, and the dataclass with its tensors there, one after the other."""
+    sizes = [aligned(x.nbytes) for x in tensors_of(part)]
     starts = ragged.offsets_of(sizes).tolist()
     slab = take(starts[-1])
     ranges = pairwise(starts)
 
-    def settled(x: Tensor) -> Tensor:
+    def settle(x: Tensor) -> Tensor:
         start, end = next(ranges)
         slab[start + x.nbytes : end].zero_()
         place = slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
         return place if x.is_meta else place.copy_(x)
 
-    return replace(batch.map(settled), slab=slab)
+    return slab, changed(part, settle)
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor of so many bytes takes up in a slab."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def pageable(nbytes: int) -> Tensor:
