@@ -1,0 +1,68 @@
+"""`data_path`: a run through DALI and a plain one end with the same weights, also where one continues the other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import figures
+from engine.config import config_hash, load
+from engine.train import main
+from tests.engine.small_run import configure
+from tests.engine.test_kill import TASKS, assert_same, resume, train, train_and_kill
+from tests.pipelines.test_dali import needs_dali
+
+DALI = "data_path=dali"
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs."""
+    for name in ("dsg_timeline", "curves", "scores"):
+        monkeypatch.setattr(figures, name, lambda folder: folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    configure(folder)
+    return folder
+
+
+@needs_dali
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_ways_end_with_the_same_weights(data: Path, tmp_path: Path, precision: str) -> None:
+    assert train(data, tmp_path / "plain", precision) == 0
+    assert train(data, tmp_path / "dali", precision, DALI) == 0
+    assert "data_path: dali" in (tmp_path / "dali" / "config.yaml").read_text()
+    assert_same(tmp_path / "plain", tmp_path / "dali")
+
+
+@needs_dali
+@pytest.mark.parametrize(("starts", "goes_on"), [("dali", "dali"), ("dali", "plain"), ("plain", "dali")])
+def test_a_killed_run_continues_to_the_bit_either_way(data: Path, tmp_path: Path, starts: str, goes_on: str) -> None:
+    """Killed in the middle of an iteration, with batches ahead."""
+    assert train(data, tmp_path / "straight", "float32") == 0
+    folder = tmp_path / "killed"
+    train_and_kill(data, folder, "float32", 5 * TASKS + 2, f"data_path={starts}")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(f"data_path: {starts}", f"data_path: {goes_on}"))
+    assert resume(folder) == 0
+    assert_same(tmp_path / "straight", folder)
+
+
+def test_the_way_is_no_part_of_what_a_run_computes(data: Path) -> None:
+    plain, dali, other = (load(data / "run.yaml", list(overrides)) for overrides in ((), (DALI,), ("seed=1",)))
+    assert config_hash(plain) == config_hash(dali) != config_hash(other)
+
+
+def test_without_dali_a_run_does_not_start(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert main(["--config", str(data / "run.yaml"), f"output={tmp_path / 'run'}", DALI]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data_path: dali asked for") and "make setup-dali" in line
+    assert not (tmp_path / "run").exists()
