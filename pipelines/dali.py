@@ -7,8 +7,8 @@ same). Copying out of feature stores stays with `pipelines.copy_runs`: it is one
     bits, keep     rows of which pretraining hides some ─ × ─► features bfloat16 as UINT16, since DALI has no such type
     bytes, scales  rows of stores of bytes ────────────── × ─► features float32
 
-Inputs that a batch does not need are empty. Global rows are put in by torch, behind the pipeline: DALI has no sum with an
-order of its own choosing that a GPU and a CPU would share.
+Inputs that a batch does not need are empty. Global rows are put in by torch, behind the pipeline: DALI promises no order of a
+sum, and a CPU and a GPU must have the same.
 
 **The index.** The external source is a function of the pipeline's index: index i is the i-th batch that was asked for, a
 (task, step), and the batch is a pure function of that. The order in which the loop asks is not known beforehand, as
@@ -20,8 +20,11 @@ part, as in the plain way, and its thread is where the pipeline runs.
 it. The run's cursor has the steps that every task has consumed, which says it all. So a resumed run starts a new pipeline at
 index 0 and asks for the batches that come next. That one batch was prefetched and not used, or asked for late, changes none.
 
-**A GPU has never run this.** There the pipeline's outputs are copied once more, on the device, into memory that torch keeps
-books of; tests cover the CPU (`device_id=None`), where DALI only costs time (bench/LOG.md).
+**Memory.** With no_copy the pipeline reads the arena's memory in place, until its outputs are there; then it goes back. An
+output that would show that memory itself is a copy made by DALI, so whoever keeps a batch keeps DALI's memory.
+
+**A GPU has never run this.** There the pipeline's outputs are copied once more, on the device, into torch's own memory; tests
+cover the CPU (`device_id=None`), where DALI only costs time (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class Stage:
     def batch(self, task: str, step: int) -> Batch:
         """The batch of `task` after `step` consumed ones, on the device. Raises BadInput for a damaged record."""
         with self._lock:
-            self._asked = {self._index: (task, step)}
+            self._asked = {self._index: (task, step)}  # no other index can be asked for
             self._pipeline.schedule_run()  # an error in making the batch comes out as it is, and leaves the index
             self._index += 1
             outputs = self._pipeline.share_outputs()  # the host waits: what was fed has been read
@@ -96,7 +99,7 @@ class Stage:
         features = None if raw.work is None else floats if raw.work.in_bytes else bits
         if self._device.type == "cpu":
             return finished(raw, slab, features)
-        # DALI does not know who still reads its memory, torch does of its own.
+        # torch knows what still reads its own memory; DALI's is held until it has been copied there
         batch = finished(raw, slab.clone(), None if features is None else features.clone())
         while self._read and self._read[0][0].query():
             self._read.popleft()
