@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from engine import figures
+from engine.assembly import assemble
 from engine.config import config_hash, load
 from engine.train import main
+from tests.engine import test_pretraining
 from tests.engine.small_run import configure
 from tests.engine.test_kill import TASKS, assert_same, resume, train, train_and_kill
+from tests.engine.test_loop import run, same, weights
 from tests.pipelines.test_dali import needs_dali
 
 DALI = "data_path=dali"
@@ -38,6 +41,18 @@ def test_both_ways_end_with_the_same_weights(data: Path, tmp_path: Path, precisi
     assert train(data, tmp_path / "dali", precision, DALI) == 0
     assert "data_path: dali" in (tmp_path / "dali" / "config.yaml").read_text()
     assert_same(tmp_path / "plain", tmp_path / "dali")
+
+
+@needs_dali
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_pretraining_ends_with_the_same_weights(tmp_path: Path, precision: str) -> None:
+    """Here regions are hidden and global rows made behind DALI."""
+    found = []
+    for way in ("plain", "dali"):
+        parts = assemble(test_pretraining.configure("max_iterations=3", f"precision={precision}", f"data_path={way}"))
+        assert run(parts, tmp_path / way)[0]
+        found.append(weights(parts))
+    assert same(*found)
 
 
 @needs_dali
