@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a plain run that nobody disturbs, by precision."""
+
+    @cache
+    def run(precision: str) -> Path:
+        folder = tmp_path_factory.mktemp(precision) / "run"
+        assert train(data, folder, precision) == 0
+        return folder
+
+    return run
+
+
 @needs_dali
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_both_ways_end_with_the_same_weights(data: Path, tmp_path: Path, precision: str) -> None:
-    assert train(data, tmp_path / "plain", precision) == 0
+def test_both_ways_end_with_the_same_weights(
+    data: Path, tmp_path: Path, plain: Callable[[str], Path], precision: str
+) -> None:
     assert train(data, tmp_path / "dali", precision, DALI) == 0
     assert "data_path: dali" in (tmp_path / "dali" / "config.yaml").read_text()
-    assert_same(tmp_path / "plain", tmp_path / "dali")
+    assert_same(plain(precision), tmp_path / "dali")
 
 
 @needs_dali
@@ -57,15 +73,16 @@ def test_pretraining_ends_with_the_same_weights(tmp_path: Path, precision: str) 
 
 @needs_dali
 @pytest.mark.parametrize(("starts", "goes_on"), [("dali", "dali"), ("dali", "plain"), ("plain", "dali")])
-def test_a_killed_run_continues_to_the_bit_either_way(data: Path, tmp_path: Path, starts: str, goes_on: str) -> None:
+def test_a_killed_run_continues_to_the_bit_either_way(
+    data: Path, tmp_path: Path, plain: Callable[[str], Path], starts: str, goes_on: str
+) -> None:
     """Killed in the middle of an iteration, with batches ahead."""
-    assert train(data, tmp_path / "straight", "float32") == 0
     folder = tmp_path / "killed"
     train_and_kill(data, folder, "float32", 5 * TASKS + 2, f"data_path={starts}")
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace(f"data_path: {starts}", f"data_path: {goes_on}"))
     assert resume(folder) == 0
-    assert_same(tmp_path / "straight", folder)
+    assert_same(plain("float32"), folder)
 
 
 def test_the_way_is_no_part_of_what_a_run_computes(data: Path) -> None:
