@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup setup-gpu train test test-slow lint format native native-test bench gpu
+.PHONY: setup setup-dali setup-gpu train test test-slow lint format native native-test bench gpu
 
 setup: $(READY)
 
@@ -19,6 +19,11 @@ $(READY): requirements.txt setup.py pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(READY)
+
+# A target of its own, for it is large and only data_path=dali and image decoding use it; also on a CPU.
+setup-dali: $(READY)
+	@echo "setup: DALI into .venv (about 270 MB to download)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements-dali.txt
 
 setup-gpu: $(READY)
 	@echo "setup: optional GPU packages into .venv"

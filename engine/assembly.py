@@ -3,7 +3,7 @@ before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
 from engine.tasks import HeadRow, Table, TaskRow, base_lr, loss_scale, task_tokens
 from kernels import backends, heap
+from pipelines import dali
 from pipelines.answers import Answers
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
 from pipelines.held_out import HeldOut, held_out
-from pipelines.loader import TrainingSource, validation_batches
+from pipelines.loader import BatchSource, TrainingSource, validation_batches
 from pipelines.masking import Masking
 from pipelines.overlap import TRAINED_ON
 from pipelines.pretraining import check_classes
@@ -67,6 +68,13 @@ class Parts:
     optimizer: Optimizer
     device: torch.device
 
+    def training(self) -> Mapping[str, BatchSource]:
+        """Each task's training batches by step, by the configured way; those of DALI are on the device already."""
+        if self.config.data_path == "plain":
+            return {name: task.train for name, task in self.tasks.items()}
+        raw = {name: task.train.raw for name, task in self.tasks.items()}
+        return dali.Stage(raw, _DTYPES[self.config.precision], self.device).sources()
+
     def validation(self, task: Task, blind: bool | None = None) -> Iterator[Batch]:
         """The task's validation batches; `blind` overrides the run's own setting."""
         return validation_batches(
@@ -90,6 +98,8 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     if config.cuda_graphs:
         refuse_without_gpu(device)
         _refuse_without_buckets(rows)
+    if config.data_path == "dali":
+        dali.check_installed()
     use_kernels(config, device, say)
     sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)

@@ -225,6 +225,11 @@ class RunConfig(_Section):
     data_threads: int = Field(
         1, ge=1, description="threads that copy features into a batch, beside the loader's own work"
     )
+    data_path: Literal["plain", "dali"] = Field(
+        "plain",
+        description="dali: training batches through a DALI pipeline, the same to the bit (make setup-dali); meant for GPUs, "
+        "never run on one yet, slower on a CPU",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of one process; none: torch's choice")
 
@@ -348,8 +353,8 @@ def resolved(config: RunConfig) -> str:
 def config_hash(config: RunConfig) -> str:
     """16 hex digits over all that can change a number of the run: the configuration and its task rows.
 
-    Left out: where it writes, what it shows, and when it saves.
+    Left out: where it writes, what it shows, when it saves, and which way batches take, for they are the same.
     """
-    told = config.model_dump(mode="json", exclude={"output", "logging", "checkpoint"})
+    told = config.model_dump(mode="json", exclude={"output", "logging", "checkpoint", "data_path"})
     rows = [row.model_dump(mode="json") for row in load_tasks(config)[1]]
     return hashlib.sha256(json.dumps([told, rows], sort_keys=True).encode()).hexdigest()[:16]

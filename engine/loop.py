@@ -103,7 +103,7 @@ class Loop:
     def run(self) -> bool:
         """Train from the cursor to max_iterations."""
         c = self.cursor
-        with Loader({name: task.train for name, task in self.parts.tasks.items()}) as loader:
+        with Loader(self.parts.training()) as loader:
             self.loader = loader
             while c.iteration < self.config.max_iterations or c.partial:
                 if not c.partial:

@@ -8,7 +8,8 @@ example that `pipelines.buckets` puts at the end of a batch whose shapes must re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -115,12 +116,11 @@ class Batch:
     """Of these text and region rows, how many are of the dummy example that stands at the end; 0: there is none. `examples`
     does not count it, nor do `example_ids`, soft labels, options and classes; `cu_regions` and the `offsets` of choices do."""
     feature_rows: Tensor | None = None
-    """int64 [R]: rows of `resident` that the features are, where they stay on the device; `features` is then a shape alone
-    (device `meta`) until `with_features`."""
+    """int64 [R]: the rows of `resident` that the features are, where they stay on the device; `features` is then [0, F]."""
     slab: Tensor | None = None
     """uint8: the memory that every tensor above is a view of, so that one copy moves them all; None: each has its own."""
-    resident: Tensor | None = None
-    """[N, F] on the device, shared by all batches: `pipelines.resident`. Not moved with the batch."""
+    resident: Tensor | None = field(default=None, metadata={"stays": True})
+    """[N, F] on the device, shared by all batches (`pipelines.resident`): it does not move with them."""
 
     def __post_init__(self) -> None:
         if self.pair_text_rows < 0:
@@ -148,13 +148,7 @@ class Batch:
     def in_slab(self, slab: Tensor) -> Batch:
         """The same batch read from other memory: each tensor is a view of `slab`, at the place that it has in its own."""
         assert self.slab is not None
-        first = self.slab.storage_offset()
-
-        def moved(x: Tensor) -> Tensor:
-            start = x.storage_offset() * x.element_size() - first
-            return slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
-
-        return replace(self.map(moved), slab=slab[: self.slab.numel()])
+        return replace(moved(replace(self, slab=None), self.slab, slab), slab=slab[: self.slab.numel()])
 
     def with_features(self) -> Batch:
         """The batch with features to compute with: itself, or a copy with those that stay on the device."""
@@ -164,33 +158,48 @@ class Batch:
         return replace(self, features=self.resident.index_select(0, self.feature_rows))
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the batch and its target that moves with it, in the order of `map`."""
-        found: list[Tensor] = []
-
-        def noted(x: Tensor) -> Tensor:
-            found.append(x)
-            return x
-
-        self.map(noted)
-        return found
+        """Every tensor of the batch and its target, in the order of `map`; the slab is none of them."""
+        return tensors_of(replace(self, slab=None))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """A copy of the batch with all of its tensors changed, but for what stays on the device; without a slab."""
-        if self.resident is None:
-            changed: Batch = _each(replace(self, slab=None), change)
-            return changed
-        features = self.features
-        moved: Batch = _each(replace(self, slab=None, resident=None), lambda x: x if x is features else change(x))
-        return replace(moved, features=features, resident=self.resident)
+        """A copy of the batch with all of its tensors changed, without a slab."""
+        return changed(replace(self, slab=None), change)
 
 
-def _each(part, change: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]
-    """A copy of a dataclass with all of its tensors changed."""
-    changes = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Tensor):
-            changes[field.name] = change(value)
-        elif field.name == "target" and value is not None:
-            changes[field.name] = _each(value, change)
-    return replace(part, **changes)
+Part = TypeVar("Part")
+"""A dataclass of tensors and of other such dataclasses."""
+
+
+def changed(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
+    """A copy with all tensors changed, in the order of the fields."""
+    changes: dict[str, object] = {}
+    for place in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, place.name)
+        if isinstance(value, Tensor) and not place.metadata.get("stays"):
+            changes[place.name] = change(value)
+        elif is_dataclass(value):
+            changes[place.name] = changed(value, change)
+    return replace(part, **changes)  # type: ignore[type-var]
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """All tensors, in the same order."""
+    found: list[Tensor] = []
+
+    def noted(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    changed(part, noted)
+    return found
+
+
+def moved(part: Part, slab: Tensor, other: Tensor) -> Part:
+    """A copy whose tensors, views of `slab` before, are views of the same places of `other`."""
+    first = slab.storage_offset()
+
+    def move(x: Tensor) -> Tensor:
+        start = x.storage_offset() * x.element_size() - first
+        return other[start : start + x.nbytes].view(x.dtype).view(x.shape)
+
+    return changed(part, move)

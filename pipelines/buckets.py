@@ -103,7 +103,7 @@ class Dummies:
 def bucket_of(batch: Batch) -> Bucket:
     """What shapes depend on in this batch, padded or not."""
     text = Stream(batch.n_texts, batch.token_ids.numel(), batch.pair_text_rows, batch.max_text)
-    image = Stream(batch.n_images, batch.features.shape[0], batch.pair_image_rows, batch.max_image)
+    image = Stream(batch.n_images, batch.boxes.shape[0], batch.pair_image_rows, batch.max_image)
     return Bucket(batch.examples, batch.n_pairs, text, image, _entries(batch.target))
 
 
@@ -154,8 +154,6 @@ def pad(batch: Batch, grid: Grid | None = None) -> Batch:
         "text_key": [batch.text_key, _zeros(batch.text_key, len(texts.lengths))],
         "image_key": [batch.image_key, _zeros(batch.image_key, len(images.lengths))],
     }
-    if batch.feature_rows is not None:
-        pieces["feature_rows"] = [batch.feature_rows, _zeros(batch.feature_rows, image.rows - before.image.rows)]
     target = _pad_target(batch.target, [images.lengths[item] for item in images.of_pairs])
     joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in pieces.items()}
     new_target = {name: torch.cat(parts) for name, parts in target.items()}

@@ -36,10 +36,10 @@ def copy_runs(
 ) -> None:
     """Run i: `lengths[i]` values of type `source` at the address `sources[i]` go to `targets[i]`, as type `target`.
 
-    `target` is float32 or bfloat16, rounded to nearest even. The caller answers for the addresses: runs lie within memory
-    that it keeps, and do not overlap. All arrays int64 [runs]. `threads` share the work.
+    `target` is float32 or bfloat16, rounded to nearest even, or uint8 where `source` is. The caller answers for the
+    addresses: runs lie within memory that it keeps, and do not overlap. All arrays int64 [runs]. `threads` share the work.
     """
-    _check(target, sources, targets, lengths)
+    _check(source, target, sources, targets, lengths)
     library = _library()
     if library is None:
         _copy_runs_torch(source, target, sources, targets, lengths)
@@ -53,7 +53,7 @@ def scale_runs(
 ) -> None:
     """The same for rows of `width` uint8 values, each times its row's scale: run i has `rows[i]` rows, and as many
     float32 scales from the address `scales[i]` on."""
-    _check(target, sources, scales, targets, rows)
+    _check(torch.float32, target, sources, scales, targets, rows)
     library = _library()
     if library is None:
         _scale_runs_torch(target, width, sources, scales, targets, rows)
@@ -87,8 +87,8 @@ def _library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _check(target: torch.dtype, *arrays: Int64) -> None:
-    if target not in _TARGETS:
+def _check(source: torch.dtype, target: torch.dtype, *arrays: Int64) -> None:
+    if target not in _TARGETS and not source == target == torch.uint8:
         raise ValueError(f"features become float32 or bfloat16, not {target}")
     for array in arrays:
         if array.dtype != np.int64 or array.shape != arrays[0].shape or not array.flags.c_contiguous:

@@ -16,9 +16,11 @@ import torch
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import TaskData
+from pipelines.draft import Draft, filled
 from pipelines.masking import Masking
-from pipelines.packing import pack
-from pipelines.pretraining import pack_masked
+from pipelines.packing import draft, pack
+from pipelines.pretraining import draft_masked, pack_masked
+from pipelines.raw import RawBatch, raw
 from pipelines.resident import Resident
 from pipelines.sampler import Sampler
 
@@ -46,13 +48,20 @@ class TrainingSource:
     """Where they stay on the device."""
 
     def __call__(self, step: int) -> Batch:
+        return filled(self._draft(step))
+
+    def raw(self, step: int) -> RawBatch:
+        """The same batch with the work of a device left to do."""
+        return raw(self._draft(step))
+
+    def _draft(self, step: int) -> Draft:
         indices, epoch, seed = self.sampler.indices(step), self.sampler.epoch(step), self.sampler.seed
         if self.masking is not None:
-            return pack_masked(
+            return draft_masked(
                 self.data, indices, self.masking, epoch=epoch, seed=seed, training=True, dtype=self.dtype,
                 blind=self.blind, threads=self.threads,
             )  # fmt: skip
-        return pack(
+        return draft(
             self.data, indices, epoch=epoch, seed=seed, training=True, task_token=self.task_token, dtype=self.dtype,
             share=self.share, blind=self.blind, grid=self.grid, threads=self.threads, resident=self.resident,
         )  # fmt: skip

@@ -1,30 +1,29 @@
-"""From columns to a `Batch`: packed rows, unique items, pairs by index; the features are copied once, to where they stay.
+"""From columns to a `Batch`: packed rows, unique items, pairs by index; the features are copied once, to where they stay
+(`pipelines.draft`).
 
 Shape letters as in `pipelines.batch`: T text rows, R region rows, P pairs, B examples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines import buckets, ragged
-from pipelines.arena import Arena
 from pipelines.batch import Batch, BatchTarget, OptionTarget
-from pipelines.boxes import Float32, locations
+from pipelines.boxes import Float32
 from pipelines.datasets import TaskData
+from pipelines.draft import Draft, filling
 from pipelines.negatives import draw_options
+from pipelines.regions import Regions
 from pipelines.resident import Resident
-from pipelines.slab import in_one_slab
 from pipelines.targets import Choices, Classes, Indices, SoftLabels, TrueBoxes
 
 
-def pack(
+def draft(
     data: TaskData,
     indices: Indices,
     *,
@@ -38,15 +37,15 @@ def pack(
     grid: buckets.Grid | None = None,
     threads: int = 1,
     resident: Resident | None = None,
-) -> Batch:
-    """The batch of these examples, on the host, in one slab. Equal arguments give equal batches.
+) -> Draft:
+    """The batch of these examples, before its features. Equal arguments give equal batches.
 
     `epoch` and `seed` choose retrieval's wrong options. In `training`, overlaps below one half are no match.
     `task_token` becomes row 1 of every text. `dtype` of the features is float32 or bfloat16. With `share`, a text or
     image that several pairs use appears once; without, each pair has its own copy, under the same key. `blind`
     zeroes the features and leaves the boxes: what can be said without looking. With a `grid` the batch is padded to a
     shape bucket; then `share` shares within examples alone, so that every batch has equally many items. `threads` copy
-    features. With `resident`, those stay where they are, and their rows' numbers travel. Raises BadInput for a damaged record.
+    features. With `resident` those stay where they are, and their rows' numbers travel. Raises BadInput for a damaged record.
     """
     texts, images = _pairs(data, indices, epoch=epoch, seed=seed, training=training)
     if grid is None:
@@ -73,25 +72,15 @@ def pack(
         task_token,
         dtype,
     )
-    if resident is not None:
-        rows = np.zeros(regions.rows, np.int64) if blind else regions.resident_rows(resident)
-        batch = replace(batch, feature_rows=torch.from_numpy(rows), resident=resident.table)
     if grid is not None:
         batch = buckets.pad(batch, grid)
-    batch = in_one_slab(batch, arena().take)
     if resident is not None:
-        pass  # they are on the device already
-    elif blind:
-        batch.features.zero_()
-    else:
-        regions.fill(batch.features, threads)
-    return batch
+        batch = _staying(batch, regions, resident, blind)
+    return Draft(batch, regions, blind=blind, threads=threads)
 
 
-@cache
-def arena() -> Arena:
-    """The process's memory for batches."""
-    return Arena(pin=torch.cuda.is_available())
+pack = filling(draft)
+"""The same, on the host, in one slab."""
 
 
 def skeleton(
@@ -135,64 +124,13 @@ def skeleton(
     )
 
 
-@dataclass(frozen=True)
-class Regions:
-    """The region rows of a batch's images: global row, detected rows, annotated rows of each."""
-
-    data: TaskData
-    images: Indices
-    """int64 [n_images]: store rows."""
-    detected: NDArray[np.int64]
-    """int64 [n_images]: detected rows taken; `max_regions` may cut some from the end."""
-    cu_images: ragged.Offsets
-    """int64 [n_images + 1]."""
-
-    @classmethod
-    def of(cls, data: TaskData, images: Indices) -> Regions:
-        detected, annotated = data.detector_counts(images), data.candidate_counts(images)
-        return cls(data, images, detected, ragged.offsets_of(1 + detected + annotated))
-
-    @property
-    def rows(self) -> int:
-        return int(self.cu_images[-1])
-
-    @property
-    def first_candidate(self) -> NDArray[np.int64]:
-        """int64 [n_images]: row within the image."""
-        return 1 + self.detected
-
-    def pixels(self) -> Float32:
-        """Boxes in pixels, float32 [R, 4]."""
-        boxes = np.empty((self.rows, 4), np.float32)
-        self.data.store.gather_boxes(self.images, self.cu_images[:-1], boxes, taken=self.detected)
-        if self.data.candidates is not None:
-            self.data.candidates.gather_boxes(*self._annotated(), boxes, global_row=False)
-        return boxes
-
-    def locations(self, pixels: Float32) -> Float32:
-        """Boxes in shares of the image, float32 [R, 5]."""
-        rows, sizes = np.diff(self.cu_images), self.data.store.sizes[self.images].astype(np.float32)
-        return locations(pixels, np.repeat(sizes[:, 0], rows), np.repeat(sizes[:, 1], rows))
-
-    def fill(self, features: Tensor, threads: int) -> None:
-        """Copy the features from the memory map to where they stay, [at least R, F]; rows beyond R become zeros."""
-        self.data.store.gather(self.images, self.cu_images[:-1], features, taken=self.detected, threads=threads)
-        if self.data.candidates is not None:
-            self.data.candidates.gather(*self._annotated(), features, global_row=False, threads=threads)
-        features[self.rows :].zero_()
-
-    def resident_rows(self, resident: Resident) -> NDArray[np.int64]:
-        """Where these rows lie in the resident table, int64 [R]."""
-        parts = resident.rows(self.data.store, self.images, self.detected, global_row=True)
-        if self.data.candidates is not None:
-            images, _ = self._annotated()
-            annotated = resident.rows(self.data.candidates, images, self.data.candidate_counts(self.images), False)
-            parts = [part for pair in zip(parts, annotated, strict=True) for part in pair]
-        return np.concatenate(parts)
-
-    def _annotated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of the images in the store of annotated boxes, and where those begin in the batch."""
-        return self.data.candidate_rows[self.images].astype(np.int64), self.cu_images[:-1] + self.first_candidate
+def _staying(batch: Batch, regions: Regions, resident: Resident, blind: bool) -> Batch:
+    """The batch with numbers of features instead of features; row 0 of the table, zeros, for padding and for the blind."""
+    rows = np.zeros(len(batch.boxes), np.int64)
+    if not blind:
+        rows[: regions.rows] = regions.resident_rows(resident)
+    none = torch.empty((0, batch.features.shape[1]), dtype=batch.features.dtype)
+    return replace(batch, features=none, feature_rows=torch.from_numpy(rows), resident=resident.table)
 
 
 def _pairs(data: TaskData, indices: Indices, *, epoch: int, seed: int, training: bool) -> tuple[Indices, Indices]:

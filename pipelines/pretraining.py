@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import ragged
-from pipelines.batch import Batch, MaskedTarget
+from pipelines.batch import MaskedTarget
 from pipelines.datasets import TaskData
+from pipelines.draft import Draft, filling
 from pipelines.errors import BadInput
-from pipelines.masking import Draw, MaskedRegions, Masking, draw_captions, mask_regions, mask_words
-from pipelines.packing import Regions, arena, pack_texts, skeleton
-from pipelines.slab import in_one_slab
+from pipelines.masking import Draw, Masking, draw_captions, mask_regions, mask_words
+from pipelines.packing import pack_texts, skeleton
+from pipelines.regions import Regions
 from pipelines.targets import Indices
 
 
-def pack_masked(
+def draft_masked(
     data: TaskData,
     indices: Indices,
     masking: Masking,
@@ -27,8 +27,8 @@ def pack_masked(
     dtype: torch.dtype = torch.float32,
     blind: bool = False,
     threads: int = 1,
-) -> Batch:
-    """The batch of these examples, on the host, in one slab; one text and one image an example, without a task token.
+) -> Draft:
+    """The batch of these examples, before its features; one text and one image an example, without a task token.
 
     Equal arguments give equal batches; validation is the same in every epoch. `blind` zeroes every feature. Raises BadInput
     for a damaged record, and for one without class distributions.
@@ -49,23 +49,11 @@ def pack_masked(
     )
     own = np.arange(len(indices))
     batch = skeleton(data, indices, texts, words.token_ids, cu_texts, regions, pixels, own, own, target, None, dtype)
-    batch = in_one_slab(batch, arena().take)
-    if blind:
-        batch.features.zero_()
-    else:
-        regions.fill(batch.features, threads)
-        hide(batch.features, hidden, regions.cu_images)
-    return batch
+    return Draft(batch, regions, hidden, blind, threads)
 
 
-def hide(features: Tensor, hidden: MaskedRegions, cu_images: ragged.Offsets) -> None:
-    """Zero what is hidden, and make the global rows anew from what is left, in place. `features` [R, F]."""
-    features[torch.from_numpy(hidden.zeroed)] = 0
-    image = np.repeat(np.arange(len(cu_images) - 1), np.diff(cu_images))
-    averaged = torch.from_numpy(hidden.averaged)
-    sums = torch.zeros(len(cu_images) - 1, features.shape[1])
-    sums.index_add_(0, torch.from_numpy(image)[averaged], features[averaged].float())
-    features[torch.from_numpy(cu_images[:-1])] = (sums / torch.from_numpy(hidden.divisor)[:, None]).to(features.dtype)
+pack_masked = filling(draft_masked)
+"""The same, on the host, in one slab."""
 
 
 def _distributions(data: TaskData, regions: Regions, rows: Indices) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pipelines import ragged
-from pipelines.batch import Batch
+from pipelines.batch import Batch, Part, changed, tensors_of
 
 ALIGNMENT = 256
 """Bytes; each tensor begins at a multiple, as torch's own allocations on a GPU do."""
@@ -20,19 +21,30 @@ def in_one_slab(batch: Batch, take: Callable[[int], Tensor]) -> Batch:
 
     A tensor on the device `meta` has a shape and no values: it gets its place, which is left to be filled.
     """
-    sizes = [x.nbytes for x in batch.tensors()]
-    starts = ragged.offsets_of([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]).tolist()
+    slab, batch = settled(batch, take)
+    return replace(batch, slab=slab)
+
+
+def settled(part: Part, take: Callable[[int], Tensor]) -> tuple[Tensor, Part]:
+    """The same for any dataclass of tensors: the slab, and the dataclass with its tensors there, one after the other."""
+    tensors = tensors_of(part)
+    starts = ragged.offsets_of([aligned(x.nbytes) for x in tensors]).tolist()
     slab = take(starts[-1])
     memory, following = slab.numpy(), iter(starts)
-    for start, size, end in zip(starts, sizes, starts[1:], strict=False):
-        memory[start + size : end] = 0
+    for (start, end), x in zip(pairwise(starts), tensors, strict=True):
+        memory[start + x.nbytes : end] = 0
 
-    def settled(x: Tensor) -> Tensor:
+    def settle(x: Tensor) -> Tensor:
         start = next(following)
         place = slab[start : start + x.nbytes].view(x.dtype).view(x.shape)
         return place if x.is_meta else place.copy_(x)
 
-    return replace(batch.map(settled), slab=slab)
+    return slab, changed(part, settle)
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor of so many bytes takes up in a slab."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def pageable(nbytes: int) -> Tensor:

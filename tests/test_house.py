@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from engine.cli import COMMANDS, main
 from kernels import native_library
@@ -111,11 +114,33 @@ def test_no_wheel_is_built(command: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.whl")) + list(tmp_path.glob("*.tar.gz"))
 
 
-def test_requirements_are_pinned_without_local_labels() -> None:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert "torch==2.13.0" in pins
-    assert all("==" in pin and "+" not in pin for pin in pins)
+def pins(name: str) -> list[str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("file", "one"), [("requirements.txt", "torch==2.13.0"), ("requirements-dali.txt", "nvidia-dali-cuda130==2.4.0")]
+)
+def test_requirements_are_pinned_without_local_labels(file: str, one: str) -> None:
+    assert one in pins(file)
+    assert all("==" in pin and "+" not in pin for pin in pins(file))
+
+
+def test_all_that_dali_needs_is_pinned() -> None:
+    """Else pip would take the newest of it on the day."""
+    pinned = {
+        canonicalize_name(pin.partition("==")[0]) for name in ("", "-dali") for pin in pins(f"requirements{name}.txt")
+    }
+    for pin in pins("requirements-dali.txt"):
+        name = pin.partition("==")[0]
+        try:
+            found = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed (make setup-dali)")
+        for requirement in map(Requirement, found):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(requirement.name) in pinned, f"{name} needs {requirement}"
 
 
 def test_cmake_builds_the_libraries_that_are_looked_for(tmp_path: Path) -> None:

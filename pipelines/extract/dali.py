@@ -22,7 +22,7 @@ from pipelines.extract.detectors import Preprocessing
 from pipelines.extract.pixels import BadImage, Decoded, Opened, PlainDecoder, orientation
 
 DECODERS = ("auto", "dali", "pil")
-_PACKAGE = "nvidia-dali-cuda130"
+_MEND = "make setup-dali"
 _COST = "the same pixels, decoded at about 0.8 of DALI's speed"  # python -m bench.images
 _END_OF_IMAGE, _TAIL = b"\xff\xd9", 1 << 12
 Say = Callable[[str], None]
@@ -42,8 +42,8 @@ def make_decoder(choice: str, rule: Preprocessing | None, device: str, batch: in
     except (ImportError, RuntimeError) as error:  # RuntimeError: a library of its own is missing
         reason = str(error).strip().partition("\n")[0]
         if choice == "dali":
-            raise BadInput("--decoder dali", f"DALI cannot be used: {reason}", f"pip install {_PACKAGE}") from error
-        say(f"decoding by PIL, for DALI cannot be used ({reason}): {_COST}; pip install {_PACKAGE}")
+            raise BadInput("--decoder dali", f"DALI cannot be used: {reason}", _MEND) from error
+        say(f"decoding by PIL, for DALI cannot be used ({reason}): {_COST}; {_MEND}")
         return PlainDecoder(rule, device)
 
 

@@ -147,6 +147,31 @@ class FeatureStore:
         else:
             copy_runs(DTYPES[self.dtype], dtype, source, targets, counts * width, threads)
 
+    def gather_bytes(
+        self,
+        rows: ArrayLike,
+        starts: ArrayLike,
+        values: Tensor,
+        scales: Tensor,
+        *,
+        taken: ArrayLike | None = None,
+        threads: int = 1,
+    ) -> None:
+        """The same from a store of uint8, as they are stored: values to uint8 [R, F], and what they are to be multiplied by to
+        float32 [R, 1], contiguous both. Without global rows, which a store has in float32 alone."""
+        if self.dtype != "uint8" or values.dtype != torch.uint8 or scales.dtype != torch.float32:
+            raise ValueError(
+                f"a store of {self.dtype} to {values.dtype} and {scales.dtype}, wanted bytes and their scales"
+            )
+        images, first, counts = self._places(rows, starts, taken, False, min(len(values), len(scales)))
+        width = self.feature_dim
+        assert values.shape[1:] == (width,) and values.is_contiguous()
+        assert scales.shape[1:] == (1,) and scales.is_contiguous()
+        self._verify_rows(images)
+        targets = values.data_ptr() + first * width
+        copy_runs(torch.uint8, torch.uint8, self.feature_addresses[images], targets, counts * width, threads)
+        copy_runs(torch.float32, torch.float32, self._scales[images], scales.data_ptr() + first * 4, counts)
+
     def gather_boxes(
         self,
         rows: ArrayLike,

@@ -53,8 +53,8 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return run
 
 
-def train(data: Path, output: Path, precision: str) -> int:
-    return main(["--config", str(data / "run.yaml"), f"output={output}", f"precision={precision}", *SETTINGS])
+def train(data: Path, output: Path, precision: str, *more: str) -> int:
+    return main(["--config", str(data / "run.yaml"), f"output={output}", f"precision={precision}", *SETTINGS, *more])
 
 
 def resume(folder: Path) -> int:
@@ -68,7 +68,7 @@ from engine import loop
 from tests.engine.test_kill import train
 from tests.pipelines.small import build
 
-data, output, precision, after = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+data, output, precision, after, more = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5:]
 whole_step, steps = loop.train_step, 0
 
 def train_step(*arguments, **keywords):
@@ -81,13 +81,13 @@ def train_step(*arguments, **keywords):
 loop.train_step = train_step
 output.parent.joinpath("again").mkdir()
 build(output.parent / "again")  # the reader of these data sets reads from memory
-train(data, output, precision)
+train(data, output, precision, *more)
 """
 
 
-def train_and_kill(data: Path, output: Path, precision: str, after: int) -> None:
+def train_and_kill(data: Path, output: Path, precision: str, after: int, *more: str) -> None:
     """Run in another process, which SIGKILL ends in the step after `after` task steps."""
-    command = [sys.executable, "-c", _KILLED, str(data), str(output), precision, str(after)]
+    command = [sys.executable, "-c", _KILLED, str(data), str(output), precision, str(after), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -228,7 +228,7 @@ def test_the_choice_of_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said: list[str] = []
     assert make_decoder("auto", None, "cpu", 1, said.append).name == "PIL"
     assert len(said) == 1 and "decoding by PIL, for DALI cannot be used" in said[0] and "of DALI's speed" in said[0]
-    with pytest.raises(BadInput, match=r"--decoder dali: DALI cannot be used: .*\(pip install nvidia-dali"):
+    with pytest.raises(BadInput, match=r"--decoder dali: DALI cannot be used: .*\(make setup-dali"):
         make_decoder("dali", None, "cpu", 1, silent)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.draft import arena
 from pipelines.errors import BadInput
 from pipelines.loader import Loader, TrainingSource, validation_batches
-from pipelines.packing import arena
 from pipelines.sampler import Sampler
 from tests.pipelines import small
 from tests.pipelines.test_packing import assert_equal
