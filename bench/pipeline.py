@@ -1,8 +1,8 @@
 """`python -m bench.pipeline`: from a feature store to batches, against other readers and against memcpy.
 
-Every reader has a store of its own with the same made-up images, and fills batches of random ones on one core, in turns
-with the others. A ratio is the median over rounds of two readers' times in the same round. Every value of every batch is
-first compared with what was written.
+Every reader has a process of its own and a store of its own with the same made-up images, and fills batches of random ones
+on one core, in turns with the others. A ratio is the median over rounds of two readers' times in the same round. Every value of
+every batch is first compared with what was written.
 
     python -m bench.pipeline --json F        # about two minutes, 3 GB of disk in the folder for temporary files
     python -m bench.pipeline --training      # also how long training steps wait for their batch
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,7 +94,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     cold_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    """See `peak_bytes`."""
+    """See `_peak`."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,60 @@ def measure(setting: Setting, names: Sequence[str], say: Callable[[str], None]) 
     for name in names:
         found[name].cold_seconds = _cold(setting, name)
     say("reading with a warm one")
-    readers = {name: KINDS[name].open(setting.path(KINDS[name])) for name in names}
-    keys = [key_of(number) for number in range(setting.images)]
-    for reader in readers.values():  # every page is touched, every checksum tested
-        for start in range(0, len(keys), setting.batch):
-            reader.batch(keys[start : start + setting.batch])
-    for turn in range(setting.rounds):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            # Images of its own: those of the reader before it lie in the caches.
-            chosen = np.random.default_rng((turn, place)).choice(keys, setting.batch).tolist()
-            started = time.perf_counter()
-            batch = readers[name].batch(chosen)
-            found[name].seconds.append(time.perf_counter() - started)
-            del batch
+    with ExitStack() as stack:
+        # Processes of their own: none finds the heap as another reader has left it. They wait for their turn.
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in names}
+        for name, process in processes.items():
+            process.submit(_open, name, setting).result()
+        for turn in range(setting.rounds):
+            for place in range(len(names)):
+                name = names[(turn + place) % len(names)]
+                found[name].seconds.append(processes[name].submit(_timed, setting, (turn, place)).result())
     for name in names:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a heap that nothing has grown yet
-            found[name].peak_bytes = process.submit(peak_bytes, setting, name).result()
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found[name].peak_bytes = process.submit(_peak, name, setting).result()
     return found
+
+
+_reader: Reader
+"""Of a process that has one."""
+
+
+def _open(name: str, setting: Setting) -> None:
+    """Open a reader in this process, touch every page of its store, and test every checksum."""
+    global _reader
+    torch.set_num_threads(1)
+    _reader = KINDS[name].open(setting.path(KINDS[name]))
+    for start in range(0, setting.images, setting.batch):
+        _reader.batch([key_of(number) for number in range(start, min(start + setting.batch, setting.images))])
+
+
+def _timed(setting: Setting, seed: tuple[int, int]) -> float:
+    """Seconds of a batch of random images."""
+    chosen = np.random.default_rng(seed).choice(setting.images, setting.batch)
+    keys = [key_of(number) for number in chosen.tolist()]
+    started = time.perf_counter()
+    _reader.batch(keys)
+    return time.perf_counter() - started
+
+
+def _peak(name: str, setting: Setting) -> int:
+    """Anonymous memory that batches add at most to a process that has made none yet, looked at a thousand times a second."""
+    reader = KINDS[name].open(setting.path(KINDS[name]))
+    before, highest, done = anonymous_bytes(), 0, Event()
+
+    def look() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, anonymous_bytes())
+
+    looking = Thread(target=look)
+    looking.start()
+    for turn in range(12):
+        reader.batch([key_of((turn * setting.batch + n) % setting.images) for n in range(setting.batch)])
+    done.set()
+    looking.join()
+    return highest - before
 
 
 def check(setting: Setting, name: str) -> None:
@@ -198,26 +235,6 @@ def _drop_pages(store: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def peak_bytes(setting: Setting, name: str) -> int:
-    """Anonymous memory that a reader's batches add at most to a process, looked at a thousand times a second."""
-    kind = KINDS[name]
-    reader = kind.open(setting.path(kind))
-    before, highest, done = anonymous_bytes(), 0, Event()
-
-    def look() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, anonymous_bytes())
-
-    looking = Thread(target=look)
-    looking.start()
-    for turn in range(12):
-        reader.batch([key_of((turn * setting.batch + n) % setting.images) for n in range(setting.batch)])
-    done.set()
-    looking.join()
-    return highest - before
 
 
 def summary(setting: Setting, found: dict[str, Measured]) -> dict[str, Any]:
