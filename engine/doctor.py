@@ -16,6 +16,7 @@ from rich.table import Table
 
 from engine.house import check_imports
 from kernels import backends, native_library
+from pipelines import copy_runs
 from pipelines.errors import BadInput
 
 _OPTIONAL = {
@@ -23,7 +24,10 @@ _OPTIONAL = {
     "deepspeed": "the launcher, ZeRO, its Adam by name (kernels: {adamw: deepspeed}): make setup-gpu",
     "flash_attn": "a peer of bench.kernels on GPUs",
     "liger_kernel": "a peer of bench.kernels on GPUs",
+    "nvidia-dali-cuda130": "data_path=dali, decoding of images: make setup-dali",
+    "torchvision": "a detector for pipelines.extract",
 }
+"""Packages by the name that they are installed under, and what for."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +62,7 @@ def _machine(device: torch.device) -> Table:
     rows = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads}",
         "native kernels": native_library.isa() if native_library.available() else native_library.reason(),
+        "copying of features": "native" if copy_runs.native() else "torch",
         "compiler": os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -88,12 +93,11 @@ def _problems(device: torch.device) -> list[str]:
 
 
 def _version(name: str) -> str:
-    if importlib.util.find_spec(name) is None:
-        return ""
+    """Of an installed distribution, or "installed" for a module that belongs to none; empty where there is neither."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "installed"
+        return "installed" if name.isidentifier() and importlib.util.find_spec(name) is not None else ""
 
 
 if __name__ == "__main__":
