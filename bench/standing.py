@@ -113,6 +113,25 @@ def _triton() -> Iterator[Goal]:
     yield Goal("co-attention: launches backward", "aot", _launches("backward"), 2, 2, True, "{:.0f}")
 
 
+def _pipeline() -> Iterator[Goal]:
+    file = "pipeline"
+    yield Goal("features into batches, one core, against *pickle* (the authors' way)", file, _ratio("pickle"), 35, 35)
+    yield Goal("the same against *uniter*", file, _ratio("uniter"), 10, 10)
+    share = "the same against copying the bytes alone (memcpy)"
+    yield Goal(share, file, lambda result: result["memcpy_share"], 0.7, 0.7, form="{:.2f} ×")
+    for run in ("world", "full size"):
+        waiting = _waiting(run)
+        yield Goal(f"step time spent waiting for data, {run}", file, waiting, 0.02, 0.02, True, "{:.2%}")
+
+
+def _ratio(peer: str) -> Callable[[Result], float]:
+    return lambda result: result["ratio"][peer]
+
+
+def _waiting(run: str) -> Callable[[Result], float]:
+    return lambda result: result["waiting"][run]["share"]
+
+
 _16 = "iterations_batch_16"
 GOALS = (
     *_iterations(16, (5.5, 5)),
@@ -128,6 +147,7 @@ GOALS = (
     ),
     *_kernels(),
     *_triton(),
+    *_pipeline(),
 )
 """The order of the table."""
 
@@ -136,6 +156,7 @@ COMMANDS = {
     "iterations_batch_4": "python -m bench.iterations --batch 4 --rounds 5",
     "kernels": "python -m bench.kernels",
     "aot": "python -m bench.kernels --aot sm_80,sm_90",
+    "pipeline": "python -m bench.pipeline --training --simulate 4",
 }
 
 

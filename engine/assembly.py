@@ -100,6 +100,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         _refuse_without_buckets(rows)
     if config.data_path == "dali":
         dali.check_installed()
+    _check_beginnings(config)
     use_kernels(config, device, say)
     sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
@@ -124,6 +125,19 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         tasks = _with_resident_features(tasks, config, device, say)
     model = _model(config, table, rows, answers, say).to(device)
     return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
+
+
+def _check_beginnings(config: RunConfig) -> None:
+    """What a run begins from is there: found before hours of annotations are read."""
+    for key, wanted in (
+        ("initial_weights", "the folder of a run, a checkpoint of it"),
+        ("initial_text", "BERT's folder"),
+    ):
+        value = getattr(config, key)
+        if value is not None and not Path(value).exists():
+            raise BadInput(
+                f"{key}: {value}", "no such file or folder", f"give {wanted}, or a .safetensors or .bin file"
+            )
 
 
 def _refuse_without_buckets(rows: tuple[TaskRow, ...]) -> None:
@@ -206,7 +220,7 @@ def _with_resident_features(
             raise BadInput("resident_features", what, "resident_features: false")
     datas = [data for task in tasks.values() for data in (task.train.data, task.val)]
     resident = Resident.of(datas, _DTYPES[config.precision], device)
-    say(f"features on {device}: {resident.table.nbytes / 2**30:.2f} GiB")
+    say(f"features on {device}: {resident.table.nbytes / 2**20:,.1f} MiB")
     return {name: replace(task, train=replace(task.train, resident=resident)) for name, task in tasks.items()}
 
 

@@ -113,7 +113,9 @@ def load_hard_pool(path: Path, pool: CaptionPool, store: FeatureStore) -> HardPo
         with np.load(path, allow_pickle=False) as file:
             keys, nearest = file["images"], file["pool"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(path, f"not a pool of hard negatives: {error}", "mine it again") from error
+        # NumPy's own words advise to unpickle the file.
+        what = str(error) if isinstance(error, (OSError, KeyError)) else "no archive of plain arrays"
+        raise BadInput(path, f"not a pool of hard negatives: {what}", "mine it again") from error
     return fit_hard_pool(keys, nearest, pool, store, path)
 
 

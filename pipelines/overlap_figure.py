@@ -43,7 +43,7 @@ def draw(matrix: Matrix, images: Mapping[str, int], path: Path) -> None:
     tested = [f"{name}  ({images[name]:,})" if name in images else f"{name}  (no test)" for name in names]
     _label(axes, names, tested)
     content = BytesIO()
-    figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
+    figure.savefig(content, format=path.suffix.lower()[1:], dpi=150, bbox_inches="tight")
     write_atomic(path, content.getvalue())
 
 

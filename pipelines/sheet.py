@@ -199,7 +199,8 @@ _FILES = ("candidates", "answers", "hard_negatives")
 
 
 def _useless_links(sheet: Sheet) -> Iterator[BadInput]:
-    if sheet.links is not None and LINKED_SOURCE not in map(sheet.source, sheet.sets):
+    named = all(entry.source for entry in sheet.sets.values())
+    if sheet.links is not None and not named and LINKED_SOURCE not in map(sheet.source, sheet.sets):
         mend = f"give Visual Genome's sets the source {LINKED_SOURCE}, or leave links out"
         yield BadInput(f"{sheet.path}: links", f"no data set has the source {LINKED_SOURCE}", mend)
 
@@ -226,6 +227,14 @@ def _missing(where: str, file: Path) -> MissingFile:
 
 def _problem(path: Path, item: Any) -> BadInput:
     keys = [str(key) for key in item["loc"]]
+    if keys[2:3] and keys[0] == "sets" and "features" in keys:  # what else pydantic says here is about its own union
+        where = f"{path}: {'.'.join(keys[: keys.index('features') + 1])}"
+        return BadInput(
+            where, f"a path is wanted here, not {item['input']!r}", "or one for each split: {train: …, val: …}"
+        )
+    if item["type"] in ("model_type", "model_attributes_type"):
+        what = "an empty file" if item["input"] is None else "not a mapping of keys to values"
+        return BadInput(f"{path}: {'.'.join(keys)}" if keys else path, what)
     where = f"{path}: {'.'.join(keys)}" if keys else str(path)
     if item["type"] == "extra_forbidden":
         known = _SheetFile.model_fields if len(keys) == 1 else SetEntry.model_fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise BadInput(path, f"not a readable checkpoint: {_first_line(error)}", "it may be truncated") from None
-    except pickle.UnpicklingError as error:  # anything but plain tensors; the text names the refused global
-        raise BadInput(path, f"refused: {_first_line(error)}", "only plain state dicts of tensors are read") from None
+    except pickle.UnpicklingError as error:  # anything but plain tensors
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"refused: it wants to run {refused[1]}" if refused else "refused: not a file of tensors"
+        raise BadInput(path, what, "only plain state dicts of tensors are read") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadInput(path, "not a plain state dict of tensors")
     return state

@@ -96,6 +96,7 @@ def convert(
                     regions.height,
                     regions.class_probs,
                     where=image.where,
+                    mean=regions.mean,
                 )
             if on_progress:
                 on_progress(image.progress, len(seen))

@@ -29,6 +29,8 @@ class Regions:
     height: int
     class_probs: ArrayLike | None = None
     """[n, C]: the detector's class distribution."""
+    mean: ArrayLike | None = None
+    """[F]: the global row, where the source has it from features that were not rounded yet."""
 
 
 class SourceImage(NamedTuple):

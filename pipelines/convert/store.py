@@ -1,6 +1,6 @@
 """store: a feature store of ours, to be kept in another type (`--dtype uint8` halves what is read and moved).
 
-Features become what the new type can say of what the old one held; the global row is made anew from those values.
+Features become what the new type can say of what the old one held; the global row stays what it was.
 """
 
 from __future__ import annotations
@@ -23,4 +23,4 @@ def images(source: Path, sizes: Sizes | None) -> Iterator[SourceImage]:
 
 def _regions(store: FeatureStore, key: str) -> Regions:
     record = store.record(key)
-    return Regions(record.values(), record.boxes, record.width, record.height, record.class_probs)
+    return Regions(record.values(), record.boxes, record.width, record.height, record.class_probs, record.mean)

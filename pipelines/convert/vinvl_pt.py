@@ -31,7 +31,9 @@ def images(source: Path, sizes: Sizes | None) -> Iterator[SourceImage]:
 def _regions(file: Path) -> Regions:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's words advise to run the file
+        raise BadInput(file, "no dictionary of tensors", "is it the right FORMAT? nothing else is read") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(file, f"no dictionary of tensors: {what}", "truncated or damaged? fetch it again") from error
     if not isinstance(content, dict) or any(name not in content for name in _NEEDED):

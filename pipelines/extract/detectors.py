@@ -118,8 +118,16 @@ def load_detector(name: str, weights: Path | None = None, device: str = "cpu") -
             factory = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise BadInput(where, str(error), "module:factory, the module importable from here") from error
-    detector = factory(weights, device)
+    try:
+        detector = factory(weights, device)
+    except BadInput:
+        raise
+    except Exception as error:
+        what = f"the factory failed: {type(error).__name__}: {error}"
+        raise BadInput(
+            where, what, "it is called as factory(weights, device), with the values of the options"
+        ) from error
     if not isinstance(detector, Detector):
         what = f"made a {type(detector).__name__}, which lacks feature_dim, classes, preprocessing or detect"
-        raise BadInput(where, what, "pipelines/README.md has an example")
+        raise BadInput(where, what, "pipelines/extract/README.md has an example")
     return detector

@@ -92,15 +92,25 @@ def _aligned(offset: Ints) -> Ints:
 
 
 def encode_record(
-    key: bytes, dtype: str, features: Float32, boxes: Float32, width: int, height: int, class_probs: Float32 | None
+    key: bytes,
+    dtype: str,
+    features: Float32,
+    boxes: Float32,
+    width: int,
+    height: int,
+    class_probs: Float32 | None,
+    mean: Float32 | None = None,
 ) -> bytearray:
-    """A record's bytes. `features` float32 [n, F], `boxes` float32 [n, 4], `class_probs` float32 [n, C] or None."""
+    """A record's bytes. `features` float32 [n, F], `boxes` float32 [n, 4], `class_probs` float32 [n, C] or None; `mean`
+    float32 [F], by default that of the features."""
     num_boxes, feature_dim = features.shape
     classes = 0 if class_probs is None else class_probs.shape[1]
     layout = Layout.of(num_boxes, feature_dim, dtype, classes)
     value = bytearray(layout.end)
     record = view_record(np.frombuffer(value, dtype=np.uint8), num_boxes, feature_dim, dtype, classes, width, height)
-    np.divide(features.sum(axis=0, dtype=np.float32), np.float32(num_boxes), out=record.mean)
+    if mean is None:
+        mean = features.sum(axis=0, dtype=np.float32) / np.float32(num_boxes)
+    record.mean[...] = mean
     record.boxes[...] = boxes
     if record.scales is not None:
         record.scales[...] = scales_of(features)

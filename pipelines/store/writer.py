@@ -114,9 +114,11 @@ class StoreWriter:
         height: int,
         class_probs: ArrayLike | None = None,
         where: str = "",
+        mean: ArrayLike | None = None,
     ) -> None:
         """Add one image. `features` [n, F]; `boxes` [n, 4] x1, y1, x2, y2 in pixels; `class_probs` [n, C] or None.
 
+        `mean` [F]: the global row where it is known better than from `features`, which another store has rounded.
         The key is `image_key(name)`. Arrays are taken as float32. `where` names the record's origin in errors, by
         default the store and the key. Raises `BadInput` for wrong shapes, no region, values that are not finite or do
         not fit the stored type, boxes outside the image, and an image given twice.
@@ -131,7 +133,8 @@ class StoreWriter:
         corners = _array(where, "boxes", boxes, 4)
         probs = None if class_probs is None else _array(where, "class_probs", class_probs, None)
         self._check(where, rows, corners, width, height, probs)
-        value = encode_record(key.encode(), self.dtype, rows, corners, int(width), int(height), probs)
+        row = None if mean is None else _array(where, "mean", np.asarray(mean)[None], self.feature_dim)[0]
+        value = encode_record(key.encode(), self.dtype, rows, corners, int(width), int(height), probs, row)
         self._index[key] = (len(rows), int(width), int(height), probs is not None)
         self._pending[key.encode()] = value
         self._pending_bytes += len(value)

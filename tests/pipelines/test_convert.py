@@ -124,12 +124,16 @@ def test_a_store_is_kept_in_another_type(tmp_path: Path, dtype: str) -> None:
     assert convert("store", tmp_path / "a", tmp_path / "b", dtype) == (12, int(first.counts.sum()))
     second = FeatureStore(tmp_path / "b")
     assert second.keys() == first.keys() and second.dtype == dtype
+    convert("store", tmp_path / "b", tmp_path / "c", "float16")
+    third = FeatureStore(tmp_path / "c")
+    assert all(np.array_equal(third.record(key).mean, first.record(key).mean) for key in first), "rounded twice"
     step = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "uint8": 0.5 / 255}[dtype]
     for key in first:
         ours, theirs = second.record(key), first.record(key)
         largest = theirs.values().max(axis=1, keepdims=True)
         assert (np.abs(ours.values() - theirs.values()) <= 1.001 * step * largest).all()
         np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+        np.testing.assert_array_equal(ours.mean, theirs.mean)
         assert (ours.class_probs is None) == (theirs.class_probs is None)
 
 
