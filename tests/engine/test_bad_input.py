@@ -238,7 +238,7 @@ WEIGHTS = {
         "weights.safetensors",
         "not a readable checkpoint",
     ),
-    "no such file": (lambda folder: None, "weights.safetensors", "no such checkpoint"),
+    "no such file": (lambda folder: None, "weights.safetensors", "no such file or folder"),
 }
 
 
