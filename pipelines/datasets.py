@@ -151,7 +151,7 @@ def load_task(
         answers = Answers.load(entry.answers)
     if spec.target == "choices" and entry.candidates is None:
         raise BadInput(f"{where}.candidates", "missing", f"{spec.name} needs the features of its annotated boxes")
-    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, sheet.store(entry.stores()[split]), removed)
+    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, sheet.detected(spec.name, split), removed)
     if entry.candidates is not None and spec.target == "choices":
         columns.candidates = sheet.store(entry.candidates)
         if columns.candidates.feature_dim != columns.store.feature_dim:

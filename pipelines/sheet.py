@@ -120,6 +120,15 @@ class Sheet:
         beside = (other.source for other in self.sets.values() if other.features == entry.features and other.source)
         return entry.source or next(beside, os.path.relpath(next(iter(entry.stores().values())), self.root))
 
+    def detected(self, name: str, split: str) -> FeatureStore:
+        """The store of detected regions of one split. Raises BadInput as `store` does, and where the sheet has no such split."""
+        self._check_split(name, split)
+        return self.store(self.entry(name).stores()[split])
+
+    def _check_split(self, name: str, split: str) -> None:
+        if split not in self.entry(name).splits():
+            raise BadInput(f"{self.path}: sets.{name}.{split}", "the sheet does not have this split")
+
     def store(self, path: Path) -> FeatureStore:
         """The feature store at `path`. Raises BadInput as `FeatureStore` does."""
         if path not in self._stores:
@@ -128,8 +137,7 @@ class Sheet:
 
     def examples(self, name: str, split: str, reader: str) -> Iterator[Example]:
         """Run the task's reader on one split. Raises BadInput for unknown arguments and missing files."""
-        if getattr(self.entry(name), split) is None:
-            raise BadInput(f"{self.path}: sets.{name}.{split}", "the sheet does not have this split")
+        self._check_split(name, split)
         arguments, problems = self.reader_arguments(name, split, reader)
         if problems:
             raise problems[0]
