@@ -121,7 +121,7 @@ class Sheet:
         return entry.source or next(beside, os.path.relpath(next(iter(entry.stores().values())), self.root))
 
     def detected(self, name: str, split: str) -> FeatureStore:
-        """The store of detected regions of one split. Raises BadInput as `store` does, and where the sheet has no such split."""
+        """The store of detected regions of one split. Raises BadInput as `store` does, and where there is no such split."""
         self._check_split(name, split)
         return self.store(self.entry(name).stores()[split])
 
