@@ -14,6 +14,7 @@ def test_the_command_is_measured_as_users_run_it(capfd: pytest.CaptureFixture[st
     *said, measured = capfd.readouterr().out.splitlines()
     assert said[0] == "captions, by captions: 60 images x 59 neighbours"
     numbers = json.loads(measured)
-    assert 0.1 < numbers["peak_rss_gb"] < 1, "torch alone takes more than the one, so small a set not the other"
+    # A child's mark begins at the size of the process that starts it, which is pytest's here.
+    assert 0.1 < numbers["peak_rss_gb"] < 2
     assert numbers["seconds"] > 0.1
     assert numbers["conditions"]["threads"]
