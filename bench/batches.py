@@ -175,7 +175,7 @@ def _packed_target(samples: Samples) -> BatchTarget:
         case "classes":
             return ClassTarget(places)
         case "masked":
-            raise NotImplementedError("the benchmarks' samples are of the twelve tasks")
+            raise ValueError("the benchmarks' samples are of the twelve tasks")
 
 
 def _region_scores(samples: Samples) -> list[Tensor]:
@@ -222,7 +222,7 @@ def _padded_target(samples: Samples) -> tuple[Tensor, Tensor | None]:
         case "classes":
             return one_hot(torch.cat([a.places for a in answers]), samples.head.outputs), None
         case "masked":
-            raise NotImplementedError("the benchmarks' samples are of the twelve tasks")
+            raise ValueError("the benchmarks' samples are of the twelve tasks")
 
 
 def _padded(items: list[Tensor], length: int, fill: int = 0) -> Tensor:
