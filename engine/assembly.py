@@ -3,6 +3,7 @@ before the first step."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,20 +11,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint
+from engine import checkpoint, deepspeed_config
 from engine.config import RunConfig, load_tasks
-from engine.graphs import refuse_without_gpu
+from engine.graphs import Graphs, refuse_without_gpu
 from engine.model.heads import HeadSpec
 from engine.model.published import load_bert, load_published, read_state
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
+from engine.ranks import Ranks
+from engine.slices import units
+from engine.step import Plain, Stepper
 from engine.tasks import HeadRow, Table, TaskRow, base_lr, loss_scale, task_tokens
+from engine.validation import Validated, validate
 from kernels import backends, heap
 from pipelines import dali
 from pipelines.answers import Answers
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import DataSpec, TaskData, load_task
+from pipelines.division import Division
 from pipelines.errors import BadInput
 from pipelines.held_out import HeldOut, held_out
 from pipelines.loader import BatchSource, TrainingSource, validation_batches
@@ -38,7 +44,7 @@ from pipelines.wordpiece import WordPiece
 VERIFIED_AT_START = 2 * 2**30
 """Bytes of a feature store up to which every record is tested before the first step."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,15 @@ class Parts:
     table: Table
     tasks: dict[str, Task]
     model: ViLBERT
-    optimizer: Optimizer
+    stepper: Stepper
     device: torch.device
+    ranks: Ranks
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of a run in one process without DeepSpeed."""
+        assert isinstance(self.stepper, Plain)
+        return self.stepper.optimizer
 
     def training(self) -> Mapping[str, BatchSource]:
         """Each task's training batches by step, by the configured way; those of DALI are on the device already."""
@@ -88,16 +101,37 @@ class Parts:
             max_examples=self.config.validation.max_examples,
             masking=task.train.masking,
             resident=task.train.resident,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
 
+    def validate(
+        self, task: Task, blind: bool | None = None, stop_asked: Callable[[], bool] = lambda: False
+    ) -> Validated:
+        """The score of all ranks on the task's validation data; every rank must ask. See `engine.validation.validate`."""
+        with self.stepper.whole():
+            return validate(
+                self.model, self.validation(task, blind), task.row.head, self.device, self.config.share_prefixes,
+                stop_asked, self.ranks, self._validation_rounds(task),
+            )  # fmt: skip
 
-def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: None) -> Parts:
+    def _validation_rounds(self, task: Task) -> int:
+        """How many batches the rank with most of them gets of `validation`."""
+        limit = self.config.validation.max_examples or len(task.val)
+        batches = -(-min(len(task.val), limit) // (task.row.batch * self.config.validation.batch_factor))
+        return -(-batches // self.ranks.world_size)
+
+
+def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: None, ranks: Ranks | None = None) -> Parts:
     """Build a run's parts. Raises BadInput naming the file, key or record that cannot be used."""
     table, rows = load_tasks(config)
-    device = device_of(config)
+    ranks = ranks or Ranks()
+    sharded = _is_sharded(config, ranks)
+    device = device_of(config, ranks)
     if config.cuda_graphs:
         refuse_without_gpu(device)
         _refuse_without_buckets(rows)
+        _refuse_divided(rows, sharded)
     if config.data_path == "dali":
         dali.check_installed()
     _check_beginnings(config)
@@ -115,6 +149,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     for row in rows:
         say(f"reading {row.title}")
         train, val = _read(row, table, held, tokenizer, answers, config, tokens[row.name])
+        train = replace(train, division=Division(ranks.rank, ranks.world_size, row.accumulation))
         held.settle(train.data)
         held.settle(val)
         tasks[row.name] = Task(row, tokens[row.name], scales[row.name], train, val)
@@ -124,7 +159,20 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     if config.resident_features:
         tasks = _with_resident_features(tasks, config, device, say)
     model = _model(config, table, rows, answers, say).to(device)
-    return Parts(config, table, tasks, model, build_optimizer(config, rows, model), device)
+    stepper = build_stepper(config, rows, model, device, ranks, sharded)
+    return Parts(config, table, tasks, model, stepper, device, ranks)
+
+
+def _is_sharded(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether DeepSpeed runs it. Raises BadInput for what only the other backend can do."""
+    sharded = config.backend == "deepspeed" or (
+        config.backend == "auto" and (ranks.world_size > 1 or config.deepspeed is not None)
+    )
+    if ranks.world_size > 1 and not sharded:
+        raise BadInput("backend: plain", f"one process only, and there are {ranks.world_size}", "backend: deepspeed")
+    if config.precision == "float16" and not sharded:
+        raise BadInput("precision: float16", "only DeepSpeed scales its loss", "backend: deepspeed, or bfloat16")
+    return sharded
 
 
 def _check_beginnings(config: RunConfig) -> None:
@@ -138,6 +186,15 @@ def _check_beginnings(config: RunConfig) -> None:
             raise BadInput(
                 f"{key}: {value}", "no such file or folder", f"give {wanted}, or a .safetensors or .bin file"
             )
+
+
+def _refuse_divided(rows: tuple[TaskRow, ...], sharded: bool) -> None:
+    if sharded:
+        raise BadInput("cuda_graphs", "graphs replay a step of one process without DeepSpeed", "cuda_graphs: false")
+    for row in rows:
+        if row.accumulation > 1:
+            what = f"{row.name} has accumulation {row.accumulation}, and a graph holds a whole batch"
+            raise BadInput("cuda_graphs", what, "cuda_graphs: false")
 
 
 def _refuse_without_buckets(rows: tuple[TaskRow, ...]) -> None:
@@ -273,21 +330,51 @@ def _model(
     return model
 
 
-def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
-    """Brings the float32 model to the run's precision; masters keep what rounding takes from the parameters."""
-    exact: dict[nn.Parameter, Tensor] = {}
-    if config.precision != "float32":
-        exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-        model.to(_DTYPES[config.precision])
-    o = config.optimizer
-    settings = OptimizerSettings(
-        betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, update=o.update, bias_correction=o.bias_correction
+def build_stepper(
+    config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT, device: torch.device, ranks: Ranks, sharded: bool
+) -> Stepper:
+    """The model's update rule. Brings the float32 model to the run's precision; masters keep what rounding takes."""
+    if not sharded:
+        graphs = Graphs(model, device) if config.cuda_graphs else None
+        return Plain(model, build_optimizer(config, rows, model), device, config.share_prefixes, graphs)
+    from engine.sharded import Sharded  # DeepSpeed takes seconds to import
+
+    settings = deepspeed_config.merged(
+        config.deepspeed or deepspeed_config.read("zero1"),
+        precision=config.precision,
+        clip=config.optimizer.clip,
+        world_size=ranks.world_size,
     )
-    base = o.base_lr or base_lr(rows)
-    head_lr = {name: o.head_lr or base for name in model.heads if name.startswith("vil_")}
-    optimizer = Optimizer(model, settings, base, head_lr)
+    exact = _rounded(config, model)
+    share = config.share_prefixes
+    return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share)
+
+
+def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:
+    """The optimizer of one process. See `build_stepper`."""
+    exact = _rounded(config, model)
+    optimizer = Optimizer(model, _settings(config), _rates(config, rows, model))
     optimizer.take_masters(exact)
     return optimizer
+
+
+def _settings(config: RunConfig) -> OptimizerSettings:
+    return OptimizerSettings(**config.optimizer.model_dump(exclude={"base_lr", "head_lr"}))
+
+
+def _rates(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> dict[str, float]:
+    """The rate of each unit: the published `vil_*` heads have their own."""
+    base = config.optimizer.base_lr or base_lr(rows)
+    return {unit: (config.optimizer.head_lr if unit.startswith("vil_") else None) or base for unit in units(model)}
+
+
+def _rounded(config: RunConfig, model: ViLBERT) -> dict[nn.Parameter, Tensor]:
+    """The float32 values of parameters that are rounded here to the run's precision."""
+    if config.precision == "float32":
+        return {}
+    exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    model.to(_DTYPES[config.precision])
+    return exact
 
 
 def use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> None:
@@ -306,14 +393,23 @@ def use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], No
     say("; ".join([f"kernels: {main}", *rest]))
 
 
-def device_of(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig, ranks: Ranks | None = None) -> torch.device:
     """The run's device; also sets the number of CPU threads. BadInput where CUDA is asked for and there is none."""
+    ranks = ranks or Ranks()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    elif ranks.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise BadInput(
             "device", "cuda asked for, but torch sees no GPU", "device=cpu, or install torch for your driver"
         )
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.world_size == 1:
+        return torch.device("cuda")
+    if ranks.local_rank >= torch.cuda.device_count():
+        what = f"local rank {ranks.local_rank}, but this machine shows {torch.cuda.device_count()} GPUs"
+        raise BadInput("environment: LOCAL_RANK", what, "start one process per GPU")
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)

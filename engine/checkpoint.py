@@ -1,65 +1,52 @@
-"""Checkpoints: complete or absent, verified before use, readable by the authors' code.
+"""Checkpoints: complete or absent, verified before use, readable by the authors' code and by any number of ranks.
 
 A checkpoint is a folder `iteration-<n>` (`iteration-<n>-<k>` where a stop and a regular save meet):
-`weights.safetensors` (the published layout), `optimizer.safetensors`, `cursor.json`, and `manifest.json`, which names
-every file with its size and SHA-256 and is written last. The folder is filled under another name and renamed, so a
-killed save leaves nothing that looks like a checkpoint.
+
+    weights.safetensors                    all weights in float32, in the published layout
+    optimizer-<rank>-of-<ranks>.safetensors   what each rank kept of the optimizer's state, flat pieces with their places
+    cursor.json                            all else that a run must remember
+    manifest.json                          every file with its size and SHA-256, written last
+
+The folder is filled under another name and renamed (`engine.saving`), so a killed save leaves nothing that looks like a
+checkpoint. The pieces are of float32 tensors whose places do not depend on the number of ranks, nor on who sharded them: a run
+continues on more ranks, on fewer, at another ZeRO stage, or without DeepSpeed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.cursor import FORMAT, Cursor
-from engine.model.published import export_published, load_published
+from engine.model.published import flats_of_published
 from engine.model.vilbert import ViLBERT
-from engine.optimizer import Optimizer
+from engine.slices import Kept, units
+from engine.step import Stepper
 from pipelines.errors import BadInput
 
-_PREFIX, _TEMPORARY = "iteration-", ".tmp-"
-_FILES = ("weights.safetensors", "optimizer.safetensors", "cursor.json")
+PREFIX, TEMPORARY = "iteration-", ".tmp-"
+WEIGHTS, CURSOR, MANIFEST = "weights.safetensors", "cursor.json", "manifest.json"
 
 
-def save(folder: Path, model: ViLBERT, optimizer: Optimizer, cursor: Cursor, keep: int) -> Path:
-    """Write a checkpoint into `folder`, then remove all but the newest `keep`. A failure leaves the older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = _free_name(folder, cursor.iteration)
-    temporary = folder / f"{_TEMPORARY}{target.name}"
-    for left in folder.glob(f"{_TEMPORARY}*"):  # by a killed process
-        shutil.rmtree(left)
-    temporary.mkdir()
-    try:
-        save_file(
-            export_published(model, optimizer.masters()), temporary / "weights.safetensors", metadata={"format": "pt"}
-        )
-        save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, temporary / "optimizer.safetensors")
-        (temporary / "cursor.json").write_text(cursor.to_json())
-        files = {name: _fingerprint(temporary / name) for name in _FILES}
-        (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        for name in (*_FILES, "manifest.json"):
-            _sync(temporary / name)
-        _sync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    os.rename(temporary, target)
-    _sync(folder)
-    for old in [path for path in checkpoints(folder) if path != target][keep - 1 :]:
-        shutil.rmtree(old)
-    return target
+def optimizer_file(rank: int, world_size: int) -> str:
+    """Name of the file with what one rank kept."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, verified or not."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).replace("-", "").isdigit()]
-    return sorted(found, key=lambda path: tuple(map(int, path.name.removeprefix(_PREFIX).split("-"))), reverse=True)
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).replace("-", "").isdigit()]
+    return sorted(found, key=lambda path: tuple(map(int, path.name.removeprefix(PREFIX).split("-"))), reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path, list[str]]:
@@ -77,57 +64,113 @@ def newest_valid(folder: Path) -> tuple[Path, list[str]]:
 
 def verify(path: Path) -> None:
     """Check every file's size and SHA-256 against the manifest. Raises BadInput naming the file."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        version, files = manifest["format"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(path / "manifest.json", f"not readable: {error}", "the checkpoint is incomplete") from None
-    if version != FORMAT:
-        raise BadInput(path, f"checkpoint format {version}, this version reads {FORMAT}")
-    for name in _FILES:
-        if name not in files:
-            raise BadInput(path / "manifest.json", f"does not name {name}", "the checkpoint is damaged")
-        if not (path / name).is_file() or _fingerprint(path / name) != files[name]:
+    files = _manifest(path)
+    for name, expected in files.items():
+        if not (path / name).is_file() or fingerprint(path / name) != expected:
             raise BadInput(path / name, "is not what the manifest says", "the checkpoint is damaged")
 
 
-def load(path: Path, model: ViLBERT, optimizer: Optimizer) -> Cursor:
-    """Put a verified checkpoint into model and optimizer, bit for bit. Raises BadInput for one of another run."""
-    load_published(model, load_file(path / "weights.safetensors"), path)
+def _manifest(path: Path) -> dict[str, Any]:
+    """Fingerprints by file name, of all files that this version reads."""
+    where = path / MANIFEST
     try:
-        optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
-        return Cursor.from_json((path / "cursor.json").read_text())
-    except (KeyError, ValueError, RuntimeError) as error:
+        manifest = json.loads(where.read_text())
+        version, files, world_size = manifest["format"], dict(manifest["files"]), int(manifest["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(where, f"not readable: {error}", "the checkpoint is incomplete") from None
+    if version != FORMAT:
+        raise BadInput(path, f"checkpoint format {version}, this version reads {FORMAT}")
+    wanted = {WEIGHTS, CURSOR, *(optimizer_file(rank, world_size) for rank in range(world_size))}
+    if files.keys() != wanted:
+        names = ", ".join(sorted(wanted ^ files.keys()))
+        raise BadInput(where, f"files of {world_size} ranks do not fit: {names}", "the checkpoint is damaged")
+    return files
+
+
+def load(path: Path, model: ViLBERT, stepper: Stepper) -> Cursor:
+    """Put a verified checkpoint into model and optimizer, bit for bit, whatever made it. BadInput for one of another run."""
+    try:
+        state = Pieces([path / name for name in _manifest(path) if name.startswith("optimizer-")])
+        ours, theirs = (sorted({key.partition("/")[0] for key in keys}) for keys in (units(model), state.keys()))
+        if ours != theirs:
+            raise ValueError(f"it has the heads {', '.join(theirs)}, the run {', '.join(ours)}")
+        for kept in stepper.state():
+            state.fill(kept)
+        flats = flats_of_published(model, load_file(path / WEIGHTS), path)
+        for kept in stepper.weights():
+            kept.values.copy_(flats[kept.key][kept.start : kept.start + kept.values.numel()])
+        stepper.loaded()
+        return Cursor.from_json((path / CURSOR).read_text())
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(
             path, f"does not belong to this run: {error}", "resume with the run's own configuration"
         ) from None
 
 
-def _free_name(folder: Path, iteration: int) -> Path:
-    """A name later than every other of this iteration: nothing complete is ever written over."""
-    name = f"{_PREFIX}{iteration:07d}"
-    taken = [path.name for path in checkpoints(folder) if path.name.startswith(name)]
-    if not taken:
-        return folder / name
-    return folder / f"{name}-{1 + max(int(other.removeprefix(name).lstrip('-') or 0) for other in taken)}"
-
-
-def _fingerprint(path: Path) -> dict[str, object]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
+def weights(path: Path) -> dict[str, Tensor]:
     """Verified weights in the published layout: of a checkpoint folder, or of a run folder's newest checkpoint."""
     if (path / "checkpoints").is_dir():
         path, _ = newest_valid(path / "checkpoints")
     verify(path)
-    return load_file(path / "weights.safetensors")
+    return load_file(path / WEIGHTS)
+
+
+def write_pieces(path: Path, kept: Sequence[Kept]) -> None:
+    """Write what one rank kept; each tensor's place among its flat whole is in the file's metadata."""
+    starts = {one.key: one.start for one in kept}
+    save_file({one.key: one.values for one in kept}, path, metadata={"starts": json.dumps(starts)})
+
+
+class Pieces:
+    """Flat tensors whose pieces lie in several files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises BadInput for a file that `write_pieces` did not write."""
+        self._places: defaultdict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            try:
+                starts: Mapping[str, int] = json.loads(file.metadata()["starts"])
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    length = file.get_slice(key).get_shape()[0]
+                    self._places[key].append((int(starts[key]), length, file))
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadInput(path, f"not the state of a rank: {error}", "the checkpoint is damaged") from None
+
+    def keys(self) -> list[str]:
+        """Every tensor that has a piece."""
+        return list(self._places)
+
+    def numel(self, key: str) -> int:
+        """Values of the whole."""
+        return max(start + length for start, length, _ in self._places[key])
+
+    def fill(self, wanted: Kept) -> None:
+        """Write the piece's values, from wherever they lie. ValueError where some lie nowhere."""
+        first, last = wanted.start, wanted.start + wanted.values.numel()
+        at = first
+        for start, length, file in sorted(self._places.get(wanted.key, []), key=lambda place: place[:2]):
+            stop = min(start + length, last)
+            if start <= at < stop:
+                wanted.values[at - first : stop - first].copy_(file.get_slice(wanted.key)[at - start : stop - start])
+                at = stop
+        if at < last:
+            raise ValueError(f"{wanted.key} has no values {at} to {last}")
+
+    def whole(self, key: str) -> Tensor:
+        """The whole tensor, flat float32."""
+        values = torch.empty(self.numel(key))
+        self.fill(Kept(key, 0, values))
+        return values
+
+
+def fingerprint(path: Path) -> dict[str, object]:
+    """What the manifest says of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed saves left. Nobody may be saving here."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
+from engine import deepspeed_config
 from engine.model.config import ModelConfig
 from engine.overrides import Sources, gather
 from engine.rotation import phases
@@ -21,6 +22,20 @@ from pipelines.errors import BadInput
 
 FORMAT: Literal[1] = 1
 """Version of the configuration format."""
+
+
+MAY_CHANGE = (
+    "output",
+    "logging",
+    "checkpoint",
+    "data_path",
+    "backend",
+    "deepspeed",
+    "ranks",
+    "threads",
+    "data_threads",
+)
+"""Keys that may differ when a run is continued: they change no number of it beyond the order of sums."""
 
 
 class _Section(BaseModel):
@@ -39,6 +54,9 @@ class TaskOverride(_Section):
     """Values of a task's row that this run changes."""
 
     batch: int | None = Field(None, ge=1, description="examples per step, over all ranks")
+    accumulation: int | None = Field(
+        None, ge=1, description="micro-batches that each rank makes of its part of a batch"
+    )
     lr: float | None = Field(None, gt=0, description="the task's learning rate (moves its loss scale)")
     max_tokens: int | None = Field(None, ge=3, description="[CLS] and [SEP] included, the task token not")
     max_regions: int | None = Field(None, ge=2, description="global row and appended boxes included")
@@ -80,6 +98,7 @@ class Optimizer(_Section):
     )
     base_lr: float | None = Field(None, gt=0, description="the trunk's rate; none: the smallest of the tasks' rates")
     head_lr: float | None = Field(1e-4, gt=0, description="rate of the `vil_*` heads; none: the trunk's")
+    clip: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: as it comes, as published")
     update: Literal["live", "zero_filled"] = Field(
         "live",
         description="live: trunk and the head that ran (Algorithm 1); zero_filled: all heads, zeros as gradients",
@@ -165,6 +184,15 @@ class Checkpoint(_Section):
     every: int | None = Field(None, ge=1, description="iterations between two checkpoints")
     minutes: float | None = Field(None, gt=0, description="minutes between two checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    best: bool = Field(False, description="also save at each task's best score, and keep the best one of each task")
+
+
+class Ranks(_Section):
+    """Several processes: one per GPU, started by `deepspeed` or `torchrun`."""
+
+    timeout_s: float = Field(
+        300.0, gt=0, description="seconds without a step after which a rank gives the others up for lost"
+    )
 
 
 class RunConfig(_Section):
@@ -198,7 +226,18 @@ class RunConfig(_Section):
     warmup: Warmup = Warmup()
     decay: Decay = Decay()
     optimizer: Optimizer = Optimizer()
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 keeps float32 master weights")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="16 bits keep float32 master weights; float16 wants DeepSpeed's loss scaling, and a GPU"
+    )
+    backend: Literal["auto", "plain", "deepspeed"] = Field(
+        "auto", description="plain: one process; auto: deepspeed where there are several, or where `deepspeed` is set"
+    )
+    deepspeed: dict[str, Any] | None = Field(
+        None,
+        description="DeepSpeed's own configuration: a preset (zero0, zero1, zero2, zero3, zero2_offload), a .json file "
+        "(as --deepspeed_config), or its keys; none: zero1",
+    )
+    ranks: Ranks = Ranks()
     stopgo: StopGo = StopGo()
     curriculum: Curriculum = Curriculum()
     masking: Masking = Masking()
@@ -239,6 +278,17 @@ class RunConfig(_Section):
         """`tasks: vqa` means the list of that one task."""
         return (tasks,) if isinstance(tasks, str) and tasks != "all" else tasks
 
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, settings: object) -> object:
+        """A preset's name, or a file."""
+        if not isinstance(settings, str):
+            return settings
+        try:
+            return deepspeed_config.read(settings)
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+
     @field_validator("kernels", mode="before")
     @classmethod
     def _all_ops(cls, kernels: object) -> object:
@@ -259,6 +309,12 @@ class RunConfig(_Section):
             raise ValueError("curriculum.iterations must be a number where stopgo is off: nothing would stop")
         if self.initial_text is not None and self.initial_weights is not None:
             raise ValueError("initial_text would be overwritten by initial_weights: give one of them")
+        if self.backend == "plain" and self.deepspeed is not None:
+            raise ValueError("deepspeed is read by backend deepspeed only, not by plain")
+        if self.precision == "float16" and self.backend == "plain":
+            raise ValueError(
+                "precision float16 needs loss scaling, which backend plain has not: deepspeed, or bfloat16"
+            )
         if self.decay.boundaries and self.decay.boundaries[-1] > self.max_iterations:
             raise ValueError(f"decay.boundaries: {self.decay.boundaries[-1]} lies past max_iterations")
         return self
@@ -353,8 +409,9 @@ def resolved(config: RunConfig) -> str:
 def config_hash(config: RunConfig) -> str:
     """16 hex digits over all that can change a number of the run: the configuration and its task rows.
 
-    Left out: where it writes, what it shows, when it saves, and which way batches take, for they are the same.
+    Left out: where it writes, what it shows, when it saves, which way batches take, for they are the same, and over how many
+    processes it is spread, and how.
     """
-    told = config.model_dump(mode="json", exclude={"output", "logging", "checkpoint", "data_path"})
+    told = config.model_dump(mode="json", exclude=set(MAY_CHANGE))
     rows = [row.model_dump(mode="json") for row in load_tasks(config)[1]]
     return hashlib.sha256(json.dumps([told, rows], sort_keys=True).encode()).hexdigest()[:16]

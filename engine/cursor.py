@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT = 1
 """Version of the checkpoint format."""
+
+
+PLANNED = ("iteration", "remaining", "due", "phase", "consumed", "scores", "best", "config_hash")
+"""What of a cursor decides what comes next (the controllers follow from the scores)."""
 
 
 @dataclass
@@ -55,6 +60,11 @@ class Cursor:
     def partial(self) -> bool:
         """Whether the iteration is still under way."""
         return bool(self.remaining or self.due)
+
+    def plan_hash(self) -> int:
+        """Of all that decides what comes next, below 2**32: the same on every rank."""
+        told = [getattr(self, key) for key in PLANNED]
+        return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
     def covers(self, row: Mapping[str, Any]) -> bool:
         """Whether a journal row was written before this cursor: a resume cuts the others and writes them again."""

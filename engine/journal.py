@@ -42,12 +42,13 @@ METRICS = {
 
 EVENTS = {
     "start": "name, config_hash, max_iterations, tasks: [{name, title, group, epoch_iterations, examples, "
-    "removed_examples}] (training examples used, and left out as test images), blind",
-    "resume": "checkpoint",
+    "removed_examples}] (training examples used, and left out as test images), blind, world_size",
+    "resume": "checkpoint, world_size",
     "validation": "task, score, best (highest so far), loss, loss_parts",
     "decision": "task, state: go or stop from the next iteration on",
     "phase": "tasks: those of the next phase of the curriculum",
-    "checkpoint": "path",
+    "checkpoint": "path, stalled_ms: how long the loop waited for it",
+    "save_failed": "error: why a checkpoint could not be saved",
     "graphs": "eager, captures, replays, dropped, rows, padded_rows, padded_row_share: of CUDA graphs, since the process began",
     "signal": "name: why the run ends early",
     "result": "task, score (last), best, majority, blind: final scores and baselines, null where not measured",

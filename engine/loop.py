@@ -1,11 +1,14 @@
 """Algorithm 1: round-robin over the tasks, dynamic stop-and-go, validation once per task epoch.
 
 The loop owns a `Cursor` and nothing else that changes beside model and optimizer, so that a stop between any two task
-steps continues to the bit. Losses stay on the device and are read once per log window.
+steps continues to the bit. Losses stay on the device and are read once per log window. On several ranks each runs this loop;
+what they do is a function of seed, iteration and scores, and that it is the same is checked at every step.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import checkpoint
+from engine.agreement import Agreement, Said
 from engine.assembly import Parts, Task
-from engine.cursor import Cursor, Window
-from engine.graphs import Graphs
+from engine.cursor import PLANNED, Cursor, Window
 from engine.model.randomness import Randomness
 from engine.rotation import due_for_validation, next_phase, phases, plan
+from engine.saving import Saved, Saver, wait
 from engine.schedule import longest_task_iterations, multiplier, warmup_iterations
-from engine.step import StepResult, train_step
+from engine.step import StepResult
 from engine.stopgo import Decision, new_controller, restore
 from engine.tasks import MAX_TASK_NUMBER
-from engine.validation import Interrupted, Validated, validate
+from engine.validation import Interrupted, Validated
 from pipelines.errors import BadInput
 from pipelines.loader import Loader
 
@@ -66,8 +69,11 @@ class Listener:
     def saving(self) -> None:
         """A checkpoint is about to be written."""
 
-    def saved(self, path: Path, iteration: int) -> None:
-        """A checkpoint is in place."""
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is in place, or could not be saved."""
+
+    def not_finite(self, iteration: int, rank: int) -> None:
+        """In the step before this boundary a rank's loss was not finite."""
 
 
 class Loop:
@@ -80,9 +86,11 @@ class Loop:
         checkpoints: Path,
         listener: Listener,
         stop_asked: Callable[[], bool] = lambda: False,
+        moved: Callable[[str], None] = lambda where: None,
     ) -> None:
+        """`moved` is told at every boundary where the run is: what a watchdog watches."""
         self.parts, self.config, self.cursor = parts, parts.config, cursor
-        self.folder, self.listener, self.stop_asked = checkpoints, listener, stop_asked
+        self.listener, self.stop_asked, self.moved = listener, stop_asked, moved
         self.controllers = {
             name: restore(cursor.controllers[name])
             if name in cursor.controllers
@@ -94,7 +102,18 @@ class Loop:
         epochs = [task.epoch_iterations for task in parts.tasks.values()]
         longest = self.config.warmup.longest_task_iterations or longest_task_iterations(epochs)
         self.warmup = warmup_iterations(self.config.max_iterations, longest, self.config.warmup.fraction)
-        self.graphs = Graphs(parts.model, parts.device) if self.config.cuda_graphs else None
+        self.saver = Saver(
+            checkpoints,
+            parts.model,
+            parts.stepper,
+            parts.ranks,
+            self.config.checkpoint.keep,
+            self.config.checkpoint.best,
+        )
+        self.agreement = Agreement(parts.ranks)
+        self._agreed = Said()
+        self._health: Tensor | None = None
+        self._new_best = False
         self._pending: list[tuple[str, int, StepResult]] = []
         self._clocks: defaultdict[str, Clock] = defaultdict(Clock)
         self._last_save = time.monotonic()
@@ -103,22 +122,30 @@ class Loop:
     def run(self) -> bool:
         """Train from the cursor to max_iterations."""
         c = self.cursor
-        with Loader(self.parts.training()) as loader:
-            self.loader = loader
-            while c.iteration < self.config.max_iterations or c.partial:
-                if not c.partial:
-                    self._begin_iteration()
-                try:
+        try:
+            with Loader(self.parts.training()) as loader:
+                self.loader = loader
+                while c.iteration < self.config.max_iterations or c.partial:
+                    if not c.partial:
+                        self._begin_iteration()
                     if not self._finish_iteration():
-                        self._save()
+                        self._save(wait_for_it=True)
                         return False
                     self._end_iteration()
-                except (TooManySkipped, BadInput):
-                    self._save()  # what was learned before the bad steps, or the damaged record, is not lost
-                    raise
-        if self._saved_at != c.iteration:
-            self._save()
-        return True
+            if self._saved_at != c.iteration:
+                self._save(wait_for_it=True)
+            else:
+                self._wait_for_save()
+            return True
+        except (TooManySkipped, BadInput) as error:
+            if isinstance(error, TooManySkipped) or self.parts.ranks.world_size == 1:
+                self._save(
+                    wait_for_it=True
+                )  # what was learned before the bad steps, or the damaged record, is not lost
+            raise
+        finally:
+            self.agreement.close()
+            self.saver.close()
 
     def decision(self, task: str) -> Decision:
         """Whether a task goes in every iteration."""
@@ -145,7 +172,7 @@ class Loop:
         """Run what is left of the iteration; False if a stop was asked for, with the cursor saying what remains."""
         c = self.cursor
         while c.remaining:
-            if self.stop_asked():
+            if self._told_to_stop(c.remaining[0]):
                 return False
             self._step(c.remaining[0])
             c.remaining.pop(0)
@@ -161,24 +188,41 @@ class Loop:
         c, task = self.cursor, self.parts.tasks[name]
         step = c.consumed.get(name, 0)
         asked = time.perf_counter()
-        batch = self.loader.take(name, step)
+        micro = task.row.accumulation
+        batches = [self.loader.take(name, step * micro + number) for number in range(micro)]
         self._prefetch()
         started = time.perf_counter()
-        result = train_step(
-            self.parts.model,
-            self.parts.optimizer,
-            batch if self.graphs else batch.to(self.parts.device),
+        result = self.parts.stepper.step(
+            batches,
             task.row.head,
             loss_scale=task.loss_scale,
             lr_multiplier=self._multiplier(),
             random=Randomness(self.config.seed, self._random_step(task), training=True),
-            share=self.config.share_prefixes,
-            graphs=self.graphs,
         )
         self._clocks[name].wait += started - asked
         self._clocks[name].step += time.perf_counter() - started
-        self._pending.append((name, batch.examples, result))
+        self._pending.append((name, batches[0].step_examples, result))
+        self._health = _on_host(result.loss)
         c.consumed[name] = step + 1
+
+    def _told_to_stop(self, what: str) -> bool:
+        """The boundary before `what`: say how this rank is, learn how all were at the boundary before, and act on that."""
+        c, ranks = self.cursor, self.parts.ranks
+        self.moved(f"iteration {c.iteration}, task {what}")
+        said = self._agreed = self.agreement.exchange(
+            self.saver.says(
+                stop=self.stop_asked(),
+                save=self._save_is_due(),
+                not_finite=ranks.rank if _is_bad(self._health) else -1,
+                plan=c.plan_hash(),
+            )
+        )
+        if not said.same_plan:
+            raise PlansDiffer(_differences(ranks.gathered(c.to_json())))
+        if said.not_finite >= 0 and ranks.world_size > 1:
+            self.listener.not_finite(c.iteration, said.not_finite)
+        self._take_save(self.saver.poll(said))
+        return said.stop
 
     def _prefetch(self) -> None:
         """Ask for the batches of the tasks that come next; past this iteration's end, by the decisions of now."""
@@ -187,7 +231,8 @@ class Loop:
         seen: dict[str, int] = {}
         for name in following[:4]:
             step = c.consumed.get(name, 0) + seen.get(name, 0) + (name == c.remaining[0])
-            if not self.loader.request(name, step):
+            micro = self.parts.tasks[name].row.accumulation
+            if not all(self.loader.request(name, step * micro + number) for number in range(micro)):
                 break
             seen[name] = seen.get(name, 0) + 1
 
@@ -203,14 +248,12 @@ class Loop:
 
     def _validate(self, name: str) -> None:
         task, c = self.parts.tasks[name], self.cursor
-        batches = self.parts.validation(task)
-        found = validate(
-            self.parts.model, batches, task.row.head, self.parts.device, self.config.share_prefixes, self.stop_asked
-        )
+        found = self.parts.validate(task, stop_asked=lambda: self._told_to_stop(f"{name} (validation)"))
         before = self.decision(name)
         self.controllers[name].update(found.score)
         c.controllers[name] = self.controllers[name].state_dict()
         c.scores[name] = found.score
+        self._new_best |= name not in c.best or found.score > c.best[name]
         c.best[name] = max(found.score, c.best.get(name, found.score))
         after = self.decision(name)
         self.listener.validated(c.iteration, name, found, c.best[name], after, before is not after)
@@ -226,17 +269,18 @@ class Loop:
         if c.iteration % config.logging.every == 0 or c.iteration == config.max_iterations:
             self._write_windows()
         self.listener.iteration_done(c)
-        minutes = (time.monotonic() - self._last_save) / 60
         every = config.checkpoint.every
-        if (every and c.iteration % every == 0) or (config.checkpoint.minutes and minutes >= config.checkpoint.minutes):
+        due = (every and c.iteration % every == 0) or (self._new_best and config.checkpoint.best)
+        if due or self._agreed.save:
             self._save()
+        self._new_best = False
 
     def _write_windows(self) -> None:
         c = self.cursor
         self._read_results()
         for name in self.parts.tasks:
             if name in c.windows:
-                lr = self.parts.optimizer.units["trunk"].lr * self._multiplier()
+                lr = self.parts.stepper.base_lr * self._multiplier()
                 clock = self._clocks[name]
                 self.listener.window(c.iteration, name, c.windows[name], clock, lr, self.decision(name))
         c.windows.clear()
@@ -247,7 +291,7 @@ class Loop:
         if not self._pending:
             return
         rows = [_as_row(result) for _, _, result in self._pending]
-        values = iter(torch.cat(rows).tolist())
+        values = iter(self._over_ranks(torch.cat(rows).cpu(), [row.numel() for row in rows]).tolist())
         for (name, examples, _), row in zip(self._pending, rows, strict=True):
             loss, score, grad_norm, skipped, *parts = islice(values, row.numel())
             window = self.cursor.windows.setdefault(name, Window())
@@ -268,16 +312,71 @@ class Loop:
                 window.parts = [a + b for a, b in zip(window.parts or [0.0] * len(parts), parts, strict=True)]
         self._pending.clear()
 
-    def _save(self) -> None:
+    def _over_ranks(self, values: Tensor, lengths: list[int]) -> Tensor:
+        """Loss, score and parts summed over ranks; grad_norm and skipped, which are common, as they are."""
+        if self.parts.ranks.world_size == 1:
+            return values
+        common = torch.cat([torch.tensor([False, False, True, True, *[False] * (n - 4)]) for n in lengths])
+        return torch.where(common, values, self.parts.ranks.sum(torch.where(common, 0, values)))
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.checkpoint.minutes
+        return minutes is not None and (time.monotonic() - self._last_save) / 60 >= minutes
+
+    def _save(self, wait_for_it: bool = False) -> None:
+        """Begin to save this moment; the one before is in place first."""
+        self._wait_for_save()
         self._read_results()
         self.cursor.controllers = {name: controller.state_dict() for name, controller in self.controllers.items()}
         self.listener.saving()
-        path = checkpoint.save(
-            self.folder, self.parts.model, self.parts.optimizer, self.cursor, self.config.checkpoint.keep
-        )
+        self.saver.start(self.cursor)
         self._last_save = time.monotonic()
         self._saved_at = self.cursor.iteration if not self.cursor.partial else None
-        self.listener.saved(path, self.cursor.iteration)
+        if wait_for_it:
+            self._wait_for_save(must=True)
+
+    def _wait_for_save(self, must: bool = False) -> None:
+        def agreed() -> Said:
+            self.moved(f"iteration {self.cursor.iteration}, saving")
+            return self.agreement.exchange(self.saver.says())
+
+        self._take_save(wait(self.saver, agreed), must)
+
+    def _take_save(self, saved: Saved | None, must: bool = False) -> None:
+        if saved is None:
+            return
+        if saved.error and must:
+            raise OSError(f"the checkpoint could not be saved: {saved.error}")
+        self.listener.saved(saved)
+
+
+class PlansDiffer(Exception):
+    """The ranks were about to do different things."""
+
+
+def _differences(cursors: list[str]) -> str:
+    """What differs between the ranks' cursors, in words."""
+    first, *others = (json.loads(text) for text in cursors)
+    told = [
+        f"rank {rank} has {key} {json.dumps(other[key])}, rank 0 {json.dumps(first[key])}"
+        for rank, other in enumerate(others, 1)
+        for key in PLANNED
+        if other[key] != first[key]
+    ]
+    return "the ranks plan different things: " + ("; ".join(told) or "they differed one step ago")
+
+
+def _on_host(loss: Tensor) -> Tensor:
+    """A host copy that will be there by the next boundary; nobody waits for it."""
+    if not loss.is_cuda:
+        return loss.detach()
+    copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
+    return copy.copy_(loss.detach(), non_blocking=True)
+
+
+def _is_bad(health: Tensor | None) -> bool:
+    """Whether the last loss is known not to be finite. Host memory, so no device is asked."""
+    return health is not None and not math.isfinite(float(health.numpy()))
 
 
 def _as_row(result: StepResult) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.flat import FlatBlock
-from engine.model.vilbert import PRETRAINING, ViLBERT
+from engine.model.vilbert import ViLBERT
+from engine.slices import of_unit, units
 from kernels import huge_pages
 from kernels.adamw import adamw, square_sum
 
@@ -25,6 +26,8 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     update: str = "live"
     bias_correction: bool = False
+    clip: float = 0.0
+    """Largest norm of a step's whole gradient, which is scaled down to it; 0: as it comes."""
 
 
 class Optimizer:
@@ -34,18 +37,11 @@ class Optimizer:
         self,
         model: ViLBERT,
         settings: OptimizerSettings,
-        base_lr: float,
-        head_lr: float | Mapping[str, float] | None = None,
+        rates: Mapping[str, float],
     ) -> None:
-        """`head_lr`: one rate for all heads, or one by head name (base_lr where it says nothing)."""
+        """`rates`: the rate of each unit: `trunk`, and every head."""
         self.settings = settings
-        self.units = {"trunk": _Unit(model.trunk, settings, base_lr)}
-        for name, head in model.heads.items():
-            lr = head_lr.get(name, base_lr) if isinstance(head_lr, Mapping) else head_lr
-            self.units[name] = _Unit(head, settings, base_lr if lr is None else lr)
-        if model.pretraining is not None:
-            self.units[PRETRAINING] = _Unit(model.pretraining, settings, base_lr)
-        self._started: set[str] = set()
+        self.units = {name: _Unit(name, module, settings, rates[name]) for name, module in units(model).items()}
 
     def step(self, head: str, lr_multiplier: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """One update after `backward`. Returns (grad_norm, skipped), both on the device, float32 scalars.
@@ -53,14 +49,15 @@ class Optimizer:
         Trunk parameters without a gradient count as zeros. Where the loss or any gradient is not finite, nothing changes
         and `skipped` is 1; the decision stays on the device.
         """
-        units = [self.units["trunk"], self.units[head]]
+        stepped = [self.units["trunk"], self.units[head]]
         if self.settings.update == "zero_filled":
-            self._started.add(head)
-            units = [unit for name, unit in self.units.items() if name == "trunk" or name in self._started]
-        squares = [square_sum(gradient) for unit in units for gradient in unit.gradients()]
-        grad_norm = torch.stack(squares).sum().sqrt()
+            stepped += [unit for name, unit in self.units.items() if name not in ("trunk", head) and unit.started]
+        gradients = [gradient for unit in stepped for gradient in unit.gradients()]
+        grad_norm = torch.stack([square_sum(gradient) for gradient in gradients]).sum().sqrt()
         skipped = (~torch.isfinite(grad_norm + loss.detach())).float()
-        for unit in units:
+        if self.settings.clip:
+            torch._foreach_mul_(gradients, clip_factor(grad_norm, self.settings.clip))
+        for unit in stepped:
             unit.step(lr_multiplier, skipped)
         return grad_norm, skipped
 
@@ -69,40 +66,39 @@ class Optimizer:
         for unit in self.units.values():
             unit.take_masters(exact)
 
-    def masters(self) -> dict[nn.Parameter, Tensor]:
-        """The float32 master of every bfloat16 parameter."""
-        return {
-            parameter: master
-            for unit in self.units.values()
-            for parameter, master in zip(unit.parameters, unit.masters, strict=True)
-            if parameter.dtype is not torch.float32
-        }
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 weights by unit and parameter name: masters, or the parameters themselves."""
+        return {f"{unit}/{name}": value for unit, of in self.units.items() for name, value in of.weights().items()}
+
+    @torch.no_grad()
+    def follow_masters(self) -> None:
+        """Round the masters into the bfloat16 parameters again, after somebody has written into them."""
+        for unit in self.units.values():
+            for parameter, master in zip(unit.parameters, unit.masters, strict=True):
+                if master.data_ptr() != parameter.data_ptr():
+                    parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and masters by unit and parameter name; plain tensors, for safetensors."""
-        state = {f"{name}/{key}": value for name, unit in self.units.items() for key, value in unit.state().items()}
-        for name in sorted(self._started):
-            state[f"{name}/started"] = torch.ones(1)
-        return state
+        """Moments by unit and parameter name, and each unit's count of steps; plain tensors, for safetensors, not copies."""
+        return {f"{name}/{key}": value for name, unit in self.units.items() for key, value in unit.state().items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Bit for bit what `state_dict` gave; KeyError for a state of other parameters."""
-        self._started = {key.partition("/")[0] for key in state if key.endswith("/started")}
-        for name, unit in self.units.items():
-            unit.load({key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{name}/")})
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(state[key])
 
 
 class _Unit:
     """What is stepped together: the trunk, or one head. Matrices decay, vectors do not."""
 
-    def __init__(self, module: nn.Module, settings: OptimizerSettings, lr: float) -> None:
+    def __init__(self, unit: str, module: nn.Module, settings: OptimizerSettings, lr: float) -> None:
         self.lr, self.settings = lr, settings
-        named = [(name, block) for name, block in module.named_modules() if isinstance(block, FlatBlock)]
-        self.blocks = [block for _, block in named]
-        self.names = [f"{name}.{kind}".lstrip(".") for kind in ("matrices", "vectors") for name, _ in named]
-        matrices, vectors = [block.matrices for block in self.blocks], [block.vectors for block in self.blocks]
-        self.parameters: list[nn.Parameter] = matrices + vectors
-        self.decay = [settings.weight_decay] * len(matrices) + [0.0] * len(vectors)
+        self.blocks = [block for block in module.modules() if isinstance(block, FlatBlock)]
+        named = of_unit(unit, module)
+        self.names = [one.name for one in named]
+        self.parameters = [one.parameter for one in named]
+        self.decay = [settings.weight_decay if one.decays else 0.0 for one in named]
         for parameter in self.parameters:
             huge_pages.move(parameter.detach())
         self.masters = [
@@ -125,7 +121,7 @@ class _Unit:
         """AdamW on every parameter, with zeros where no gradient arrived; then the gradients are dropped."""
         s = self.settings
         self.steps += 1
-        lr, eps, share = self._corrected(self.lr * lr_multiplier)
+        lr, eps, share = corrected(s, self.lr * lr_multiplier, int(self.steps))
         states = zip(self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, self.decay, strict=True)
         for parameter, master, exp_avg, exp_avg_sq, decay in states:
             gradient = self._zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -137,25 +133,20 @@ class _Unit:
         for block in self.blocks:
             block.drop_gradients()
 
-    def _corrected(self, lr: float) -> tuple[float, float, float]:
-        """(rate, eps, factor of the decay) with which the rule without bias correction does the step with it.
+    @property
+    def started(self) -> bool:
+        """Whether it was ever stepped."""
+        return bool(self.steps)
 
-        m / (1 - beta1^t) over sqrt(v / (1 - beta2^t)) + eps is m times a factor over sqrt(v) + eps times another.
-        """
-        s = self.settings
-        if not s.bias_correction or lr == 0:
-            return lr, s.eps, 1.0
-        first, second = (1 - beta ** int(self.steps) for beta in s.betas)
-        return lr * second**0.5 / first, s.eps * second**0.5, first / second**0.5
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 values by parameter name."""
+        return dict(zip(self.names, self.masters, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and masters by parameter name, and where it matters the count of steps; the tensors, not copies."""
-        tensors: dict[str, Tensor] = {"steps": self.steps} if self.settings.bias_correction else {}
-        states = zip(self.names, self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, strict=True)
-        for name, parameter, master, exp_avg, exp_avg_sq in states:
+        """Moments by parameter name, and the count of steps; the tensors, not copies."""
+        tensors: dict[str, Tensor] = {"steps": self.steps}
+        for name, exp_avg, exp_avg_sq in zip(self.names, self.exp_avg, self.exp_avg_sq, strict=True):
             tensors |= {f"{name}/exp_avg": exp_avg, f"{name}/exp_avg_sq": exp_avg_sq}
-            if self._has_master(parameter):
-                tensors[f"{name}/master"] = master
         return tensors
 
     @torch.no_grad()
@@ -164,12 +155,6 @@ class _Unit:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if self._has_master(parameter):
                 master.copy_(exact[parameter])
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Bit for bit what `state` gave."""
-        for key, tensor in self.state().items():
-            tensor.copy_(state[key])
 
     def _zeros_like(self, parameter: nn.Parameter) -> Tensor:
         """Zeros of a parameter's shape; one piece of memory serves all."""
@@ -180,3 +165,19 @@ class _Unit:
     @staticmethod
     def _has_master(parameter: nn.Parameter) -> bool:
         return parameter.dtype is not torch.float32
+
+
+def corrected(settings: OptimizerSettings, lr: float, steps: int) -> tuple[float, float, float]:
+    """(rate, eps, factor of the decay) with which the rule without bias correction does step number `steps` with it.
+
+    m / (1 - beta1^t) over sqrt(v / (1 - beta2^t)) + eps is m times a factor over sqrt(v) + eps times another.
+    """
+    if not settings.bias_correction or lr == 0:
+        return lr, settings.eps, 1.0
+    first, second = (1 - beta**steps for beta in settings.betas)
+    return lr * second**0.5 / first, settings.eps * second**0.5, first / second**0.5
+
+
+def clip_factor(grad_norm: Tensor, clip: float) -> Tensor:
+    """What a gradient of this norm is multiplied by, at most 1: a device scalar, by torch's rule (`clip_grad_norm_`)."""
+    return (clip / (grad_norm + 1e-6)).clamp(max=1.0)

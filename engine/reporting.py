@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from engine import figures
-from engine.assembly import Parts
+from engine.assembly import Parts, Task
 from engine.baselines import majority
 from engine.console import Console, ResultRow, TaskView
 from engine.cursor import Cursor, Window
 from engine.journal import Journal
 from engine.loop import Clock, Listener
+from engine.ranks import Ranks
+from engine.saving import Saved
 from engine.stopgo import Decision
 from engine.tasks import LOSS_PARTS
-from engine.validation import Validated, validate
+from engine.validation import Validated
+from pipelines.batch import Batch
 
 
 class Reporter(Listener):
@@ -83,17 +86,31 @@ class Reporter(Listener):
         """See `Listener`. A resume counts on the rows up to its checkpoint."""
         self.journal.sync()
 
-    def saved(self, path: Path, iteration: int) -> None:
+    def saved(self, saved: Saved) -> None:
         """See `Listener`."""
-        self.journal.event("checkpoint", iteration, path=str(path))
+        if saved.error:
+            self.journal.event("save_failed", saved.iteration, error=saved.error)
+            self.console.message(
+                f"checkpoint of iteration {saved.iteration} not saved: {saved.error}; those before it stay"
+            )
+            return
+        self.journal.event("checkpoint", saved.iteration, path=str(saved.path), stalled_ms=1000 * saved.stalled_s)
 
-    def finish(self, folder: Path, cursor: Cursor) -> None:
-        """The result table (last score, best, majority answer, the same weights with the image taken away), figures."""
+    def not_finite(self, iteration: int, rank: int) -> None:
+        """See `Listener`."""
+        self.console.message(
+            f"iteration {iteration}: the last step's loss was not finite on rank {rank}; no rank stepped"
+        )
+
+    def finish(self, folder: Path, cursor: Cursor, found: Mapping[str, tuple[float, float]]) -> None:
+        """The result table (last score, best, majority answer, the same weights with the image taken away), figures.
+
+        `found`: what `final_scores` gave.
+        """
         rows = []
         for name, task in self.parts.tasks.items():
-            most = majority(task.train.data, self.parts.validation(task))
-            blind = self._score(name, blind=True)
-            score = cursor.scores[name] if name in cursor.scores else self._score(name)  # its turn never came
+            most = majority(task.train.data, whole_validation(self.parts, task))
+            score, blind = found[name]
             best = cursor.best.get(name, score)
             self.journal.event(
                 "result", cursor.iteration, task=name, score=score, best=best, majority=most, blind=blind
@@ -104,12 +121,21 @@ class Reporter(Listener):
         for figure in (figures.dsg_timeline(folder), figures.curves(folder), figures.scores(folder)):
             self.console.message(f"figure {figure}")
 
-    def _score(self, name: str, blind: bool | None = None) -> float:
-        """The trained model's score; `blind`: with its eyes closed, every region feature zeroed."""
-        task = self.parts.tasks[name]
-        batches = self.parts.validation(task, blind)
-        found = validate(self.parts.model, batches, task.row.head, self.parts.device, self.parts.config.share_prefixes)
-        return found.score
-
     def _parts(self, task: str, values: Sequence[float]) -> dict[str, float]:
         return dict(zip(LOSS_PARTS.get(self.parts.tasks[task].row.loss, ()), values, strict=True))
+
+
+def final_scores(parts: Parts, cursor: Cursor) -> dict[str, tuple[float, float]]:
+    """(score, score with the eyes closed: every region feature zeroed) of each task. Every rank must ask."""
+    return {
+        name: (
+            cursor.scores[name] if name in cursor.scores else parts.validate(task).score,  # its turn never came
+            parts.validate(task, blind=True).score,
+        )
+        for name, task in parts.tasks.items()
+    }
+
+
+def whole_validation(parts: Parts, task: Task) -> Iterator[Batch]:
+    """The task's validation batches of all ranks."""
+    return replace(parts, ranks=Ranks()).validation(task)

@@ -89,6 +89,7 @@ class TaskRow(_Row):
     reader: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function that yields examples")
     images: int = Field(1, ge=1, description="images per example")
     batch: int = Field(ge=1, description="examples per step, over all ranks")
+    accumulation: int = Field(1, ge=1, description="micro-batches that each rank makes of its part of a batch")
     lr: float = Field(gt=0, description="learning rate tuned for this task alone")
     max_tokens: int = Field(ge=3, description="[CLS] and [SEP] included, the task token not")
     max_regions: int = Field(ge=2, description="global row and appended annotated boxes included")

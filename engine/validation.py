@@ -1,8 +1,8 @@
-"""Scoring a model on a split: the exact mean over all examples, in evaluation mode."""
+"""Scoring a model on a split: the exact mean over all examples, in evaluation mode, on one rank or many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,13 @@ import torch
 from engine.losses import outcome
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
+from engine.ranks import Ranks
+from engine.tasks import LOSS_PARTS
 from pipelines.batch import Batch
+
+_UNIT = 2**40
+"""Scores are summed in integers of this fraction: such a sum depends neither on its order nor on who adds what."""
+_PARTS = max(map(len, LOSS_PARTS.values()))
 
 
 class Interrupted(Exception):
@@ -22,7 +28,7 @@ class Validated:
     """Means over a split's examples. Batches count by their examples, so a mean within a batch may weigh some more."""
 
     score: float
-    """In [0, 1], exact."""
+    """In [0, 1], exact to 1e-12, and the same for any number of ranks."""
     loss: float
     parts: tuple[float, ...]
     """Of a loss that is a sum."""
@@ -36,22 +42,39 @@ def validate(
     device: torch.device,
     share: bool = True,
     stop_asked: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
+    rounds: int | None = None,
 ) -> Validated:
-    """Scores and losses in evaluation mode. Sums in float64 on the host, so batch sizes do not matter to the score.
+    """Scores and losses in evaluation mode, over the batches of all ranks.
 
-    Raises `Interrupted` between two batches once `stop_asked()`; ValueError for no batch at all.
+    Every rank gives its own batches, and all go through `rounds` rounds (none: as many as this rank has batches), so that they
+    ask in step. Raises `Interrupted` between two rounds once `stop_asked()`; ValueError for no batch at all.
     """
-    total, losses, examples = 0.0, torch.zeros(0, dtype=torch.float64), 0
-    for batch in batches:
+    ranks = ranks or Ranks()
+    score, examples, n_parts = 0, 0, 0
+    losses = torch.zeros(1 + _PARTS, dtype=torch.float64)
+    for batch in _rounds(batches, rounds):
         if stop_asked():
             raise Interrupted
-        batch = batch.to(device)
-        found = outcome(model, batch, head, Randomness(), share)
-        total += float(found.score.double().sum())
-        of_batch = torch.stack((found.loss, *found.parts)).double().cpu() * batch.examples
-        losses = of_batch if not examples else losses + of_batch
+        if batch is None:
+            continue
+        found = outcome(model, batch.to(device), head, Randomness(), share)
+        score += int((found.score.double() * _UNIT).round().long().sum())
+        n_parts = len(found.parts)
+        losses[: 1 + n_parts] += torch.stack((found.loss, *found.parts)).double().cpu() * batch.examples
         examples += batch.examples
+    score, examples, holders = ranks.sum(torch.tensor([score, examples, int(examples > 0)])).tolist()
     if not examples:
         raise ValueError("no example to validate on")
-    loss, *parts = (losses / examples).tolist()
-    return Validated(total / examples, loss, tuple(parts))
+    loss, *parts, n_parts = ranks.sum(torch.cat((losses / examples, torch.tensor([n_parts / holders])))).tolist()
+    return Validated(score / _UNIT / examples, loss, tuple(parts[: round(n_parts)]))
+
+
+def _rounds(batches: Iterable[Batch], rounds: int | None) -> Iterator[Batch | None]:
+    """The batches, and None in the rounds for which there is none left."""
+    mine = iter(batches)
+    if rounds is None:
+        yield from mine
+        return
+    for _ in range(rounds):
+        yield next(mine, None)

@@ -36,6 +36,7 @@ from engine.model.published import load_published, read_state
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
+from engine.slices import units
 from engine.step import train_step
 from engine.stopgo import Controller, Decision, PaperController, ReferenceController, restore
 from pipelines.batch import Batch
@@ -223,7 +224,7 @@ def _trajectory_row(model: ViLBERT, golden: Path, meta: dict[str, Any], tasks: l
     row = Row("trajectory")
     expected, rule = load_tensors(golden / "trajectory.safetensors"), meta["trajectory"]
     settings = OptimizerSettings(betas=tuple(rule["betas"]), eps=rule["eps"], weight_decay=rule["weight_decay"])
-    optimizer = Optimizer(model, settings, base_lr=rule["lr"], head_lr=rule["lr"])
+    optimizer = Optimizer(model, settings, dict.fromkeys(units(model), rule["lr"]))
     by_name = {task.name: task for task in tasks}
     batches: dict[str, Batch] = {name: task_batch(by_name[name]) for name in set(rule["order"])}
     losses = []

@@ -115,6 +115,11 @@ class Batch:
     padding: int = 0
     """Of these text and region rows, how many are of the dummy example that stands at the end; 0: there is none. `examples`
     does not count it, nor do `example_ids`, soft labels, options and classes; `cu_regions` and the `offsets` of choices do."""
+    shares: tuple[float, ...] = (1.0,)
+    """Where a step's batch is divided (`pipelines.division`): what share of the divisor of the loss, or of each of its parts,
+    this part holds. Over all parts they sum to 1."""
+    step_examples: int = -1
+    """Examples of the step's whole batch."""
     feature_rows: Tensor | None = None
     """int64 [R]: the rows of `resident` that the features are, where they stay on the device; `features` is then [0, F]."""
     slab: Tensor | None = None
@@ -126,6 +131,8 @@ class Batch:
         if self.pair_text_rows < 0:
             object.__setattr__(self, "pair_text_rows", int(self.cu_texts.diff()[self.pair_text].sum()))
             object.__setattr__(self, "pair_image_rows", int(self.cu_images.diff()[self.pair_image].sum()))
+        if self.step_examples < 0:
+            object.__setattr__(self, "step_examples", self.examples)
 
     @property
     def n_texts(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ import torch
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import TaskData
+from pipelines.division import Division, example_rows
 from pipelines.draft import Draft, filled
 from pipelines.masking import Masking
 from pipelines.packing import draft, pack
-from pipelines.pretraining import draft_masked, pack_masked
+from pipelines.pretraining import asked_of, draft_masked, pack_masked
 from pipelines.raw import RawBatch, raw
 from pipelines.resident import Resident
 from pipelines.sampler import Sampler
+from pipelines.targets import Indices
 
 BatchSource = Callable[[int], Batch]
 """Gives the batch after `step` consumed ones. Pure: equal steps give equal batches."""
@@ -46,6 +48,9 @@ class TrainingSource:
     """How many copy a batch's features."""
     resident: Resident | None = None
     """Where they stay on the device."""
+    division: Division = Division()
+    """Which part of every step's batch is wanted. Where a rank makes several micro-batches of its part, they are counted
+    instead of steps: micro-batch m of step s is `source(s * accumulation + m)`."""
 
     def __call__(self, step: int) -> Batch:
         return filled(self._draft(step))
@@ -54,8 +59,28 @@ class TrainingSource:
         """The same batch with the work of a device left to do."""
         return raw(self._draft(step))
 
-    def _draft(self, step: int) -> Draft:
-        indices, epoch, seed = self.sampler.indices(step), self.sampler.epoch(step), self.sampler.seed
+    def _draft(self, number: int) -> Draft:
+        step, micro = divmod(number, self.division.accumulation)
+        indices, epoch = self.sampler.indices(step), self.sampler.epoch(step)
+        if self.division.whole:
+            return self._draft_of(indices, epoch)
+        mine = self.division.part(example_rows(self.data, indices), micro)
+        shares = self._shares(indices, mine, epoch)
+        # Where there are fewer examples than parts, one stands in that counts for nothing.
+        whole = self._draft_of(indices[mine] if len(mine) else indices[:1], epoch)
+        return replace(whole, batch=replace(whole.batch, shares=shares, step_examples=len(indices)))
+
+    def _shares(self, indices: Indices, mine: Indices, epoch: int) -> tuple[float, ...]:
+        share = len(mine) / len(indices)
+        if self.masking is None:
+            return (share,)
+        words, regions = asked_of(
+            self.data, indices, self.masking, epoch=epoch, seed=self.sampler.seed, training=True
+        )  # fmt: skip
+        return (*(float(n[mine].sum() / max(n.sum(), 1)) for n in (words, regions)), share)
+
+    def _draft_of(self, indices: Indices, epoch: int) -> Draft:
+        seed = self.sampler.seed
         if self.masking is not None:
             return draft_masked(
                 self.data, indices, self.masking, epoch=epoch, seed=seed, training=True, dtype=self.dtype,
@@ -79,10 +104,14 @@ def validation_batches(
     max_examples: int | None = None,
     masking: Masking | None = None,
     resident: Resident | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """A split in its own order, each example once; wrong options and what is hidden are the same at every pass."""
+    """A split in its own order, each example once; wrong options and what is hidden are the same at every pass.
+
+    Of the batches, whose examples do not depend on `world_size`, a rank gets every `world_size`-th."""
     count = len(data) if max_examples is None else min(len(data), max_examples)
-    for start in range(0, count, batch):
+    for start in range(rank * batch, count, world_size * batch):
         indices = np.arange(start, min(start + batch, count))
         if masking is not None:
             yield pack_masked(data, indices, masking, epoch=0, seed=seed, training=False, dtype=dtype, blind=blind)

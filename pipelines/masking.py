@@ -96,11 +96,7 @@ def mask_words(
     draw: Draw, masking: Masking, token_ids: NDArray[np.int64], cu_texts: ragged.Offsets, unmatched: Flags
 ) -> MaskedWords:
     """Choose among the word pieces of each text, [CLS] and [SEP] at its ends aside. One text an example, in their order."""
-    lengths = np.diff(cu_texts) - 2
-    text = np.repeat(np.arange(len(lengths)), lengths)
-    place = ragged.ranges(np.ones(len(lengths), np.int64), lengths)
-    chosen = draw.share(MASKED_WORD, text, place) < masking.words
-    text, place = text[chosen], place[chosen]
+    text, place = _chosen(draw, MASKED_WORD, np.diff(cu_texts) - 2, masking.words)
     rows = cu_texts[text] + place
     fate = draw.share(WORD_FATE, text, place)
     words = (draw.share(RANDOM_WORD, text, place) * masking.vocabulary).astype(np.int64)
@@ -110,6 +106,27 @@ def mask_words(
     seen[rows[random]] = words[random]
     asked = rows[~unmatched[text]]
     return MaskedWords(seen, asked, token_ids[asked])
+
+
+def asked(draw: Draw, masking: Masking, words: Indices, regions: Indices, unmatched: Flags) -> tuple[Indices, Indices]:
+    """How many words and how many regions each example is asked for, int64 [B] each, from how many it has.
+
+    What `mask_words` and `mask_regions` choose, without their texts and boxes: the divisors of a batch's losses.
+    """
+
+    def count(purpose: int, lengths: Indices, share: float) -> Indices:
+        item, _ = _chosen(draw, purpose, lengths, share)
+        return np.bincount(item[~unmatched[item]], minlength=len(lengths))
+
+    return count(MASKED_WORD, words, masking.words), count(MASKED_REGION, regions, masking.regions)
+
+
+def _chosen(draw: Draw, purpose: int, lengths: Indices, share: float) -> tuple[Indices, Indices]:
+    """(item, place) of what is chosen among places 1 to lengths[i] of each item; place 0 is [CLS], or the global row."""
+    item = np.repeat(np.arange(len(lengths)), lengths)
+    place = ragged.ranges(np.ones(len(lengths), np.int64), lengths)
+    chosen = draw.share(purpose, item, place) < share
+    return item[chosen], place[chosen]
 
 
 @dataclass(frozen=True)
@@ -136,11 +153,7 @@ def mask_regions(
     none). `authors`, as coded: overlapping regions stay as they are, and the global row is the sum of all regions after
     zeroing over the number of those that overlap no chosen one.
     """
-    regions = np.diff(cu_images) - 1
-    image = np.repeat(np.arange(len(regions)), regions)
-    place = ragged.ranges(np.ones(len(regions), np.int64), regions)
-    picked = draw.share(MASKED_REGION, image, place) < masking.regions
-    image, place = image[picked], place[picked]
+    image, place = _chosen(draw, MASKED_REGION, np.diff(cu_images) - 1, masking.regions)
     rows = cu_images[image] + place
     gone = rows[draw.share(REGION_FATE, image, place) < _REGION_ZEROED]
 

@@ -10,7 +10,7 @@ from pipelines.batch import MaskedTarget
 from pipelines.datasets import TaskData
 from pipelines.draft import Draft, filling
 from pipelines.errors import BadInput
-from pipelines.masking import Draw, Masking, draw_captions, mask_regions, mask_words
+from pipelines.masking import Draw, Masking, asked, draw_captions, mask_regions, mask_words
 from pipelines.packing import pack_texts, skeleton
 from pipelines.regions import Regions
 from pipelines.targets import Indices
@@ -54,6 +54,18 @@ def draft_masked(
 
 pack_masked = filling(draft_masked)
 """The same, on the host, in one slab."""
+
+
+def asked_of(
+    data: TaskData, indices: Indices, masking: Masking, *, epoch: int, seed: int, training: bool
+) -> tuple[Indices, Indices]:
+    """How many words and regions `draft_masked` asks each of these examples for, int64 [B] each; it reads no features."""
+    draw = Draw(data.spec.number, seed, epoch if training else 0, indices)
+    texts, unmatched = draw_captions(draw, len(data), masking.unmatched)
+    words = data.token_offsets[texts + 1] - data.token_offsets[texts] - 2
+    images = data.image_rows[indices, 0].astype(np.int64)
+    regions = data.detector_counts(images) + data.candidate_counts(images)
+    return asked(draw, masking, words, regions, unmatched)
 
 
 def _distributions(data: TaskData, regions: Regions, rows: Indices) -> Tensor:

@@ -17,6 +17,7 @@ from engine.model.config import ModelConfig
 from engine.model.flat import is_scale
 from engine.model.heads import HeadSpec
 from engine.model.vilbert import ViLBERT
+from engine.slices import named_parameters
 from pipelines.errors import BadInput
 
 PUBLISHED_HEADS = {
@@ -108,6 +109,26 @@ def export_published(model: ViLBERT, exact: Mapping[nn.Parameter, Tensor] | None
         state[key] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     state[_TIED] = state[_WORDS].clone()
     return state
+
+
+def flats_of_published(model: ViLBERT, state: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Every flat parameter's values, float32, by `unit/name`, from a published layout that this model exported.
+
+    Unlike `load_published` it writes into no parameter, which may be sharded. KeyError for what the layout lacks; what the
+    model does not train is carried.
+    """
+    flats, trained = {}, set()
+    for named in named_parameters(model):
+        flat = torch.zeros(named.numel)
+        for part in named.parts:
+            key = f"{named.prefix}{part.name}"
+            trained.add(key)
+            if state[key].shape != part.shape:
+                raise ValueError(f"{key} is {list(state[key].shape)}, the model has {list(part.shape)}")
+            part.of(flat).copy_(state[key])
+        flats[named.key] = flat
+    model.carried = {key: value.clone() for key, value in state.items() if key not in trained and key != _TIED}
+    return flats
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

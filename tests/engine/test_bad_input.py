@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint
+from engine import saving
 from engine.assembly import assemble
 from engine.config import load
 from engine.cursor import Cursor
@@ -53,7 +53,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     parts = assemble(load(folder / "run.yaml", []))
-    checkpoint.save(folder / "weights", parts.model, parts.optimizer, Cursor(), keep=1)
+    saving.save(folder / "weights", parts.model, parts.stepper, Cursor(), keep=1)
     (folder / "weights" / "iteration-0000000").rename(folder / "checkpoint")
     (folder / "weights").rmdir()
     return folder

@@ -193,19 +193,20 @@ def test_a_cpu_is_refused_before_anything_is_read(tmp_path: Path) -> None:
 def test_the_loop_trains_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "refuse_without_gpu", lambda device: None)
     monkeypatch.setattr(graphs, "refuse_without_gpu", lambda device: None)
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: None)
     plain, recorded = (
         assemble(configure(tmp_path, "device=cpu", "kernels=torch", f"cuda_graphs={on}")) for on in (False, True)
     )
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: Repeater(recorded.model))
+    recorded.stepper.graphs = Graphs(recorded.model, recorded.device, Repeater(recorded.model))
     told = [Losses(), Losses()]
     loops = [
         Loop(parts, Cursor(), tmp_path / str(number), losses)
         for number, (parts, losses) in enumerate(zip((plain, recorded), told, strict=True))
     ]
     assert all(loop.run() for loop in loops)
-    assert loops[0].graphs is None
-    assert loops[1].graphs is not None
-    counters = loops[1].graphs.counters
+    assert plain.stepper.graphs is None
+    assert recorded.stepper.graphs is not None
+    counters = recorded.stepper.graphs.counters
     steps = sum(loops[1].cursor.consumed.values())
     assert counters.eager + counters.replays == steps
     assert counters.replays > 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from engine import figures, loop, validation
+from engine import figures, step, validation
 from engine.checkpoint import checkpoints
 from engine.journal import CLOCK_COLUMNS, read_rows
 from engine.train import main
@@ -64,12 +64,12 @@ def resume(folder: Path) -> int:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engine import loop
+from engine import step
 from tests.engine.test_kill import train
 from tests.pipelines.small import build
 
 data, output, precision, after, more = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5:]
-whole_step, steps = loop.train_step, 0
+whole_step, steps = step.train_step, 0
 
 def train_step(*arguments, **keywords):
     global steps
@@ -78,7 +78,7 @@ def train_step(*arguments, **keywords):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole_step(*arguments, **keywords)
 
-loop.train_step = train_step
+step.train_step = train_step
 output.parent.joinpath("again").mkdir()
 build(output.parent / "again")  # the reader of these data sets reads from memory
 train(data, output, precision, *more)
@@ -102,7 +102,7 @@ def assert_same(undisturbed: Path, resumed: Path) -> None:
     """Weights, optimizer, stop-and-go and all other state, byte for byte; metrics row for row."""
     newest, other = checkpoints(undisturbed / "checkpoints")[0], checkpoints(resumed / "checkpoints")[0]
     assert newest.name == other.name == f"iteration-{ITERATIONS:07d}"
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in ("weights.safetensors", "optimizer-00000-of-00001.safetensors"):
         assert (newest / name).read_bytes() == (other / name).read_bytes(), name
     state, again = (json.loads((path / "cursor.json").read_text()) for path in (newest, other))
     assert state == again
@@ -154,7 +154,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize(("owner", "name", "call"), [(loop, "train_step", 17), (validation, "outcome", 8)])
+@pytest.mark.parametrize(("owner", "name", "call"), [(step, "train_step", 17), (validation, "outcome", 8)])
 def test_a_signal_saves_and_the_run_continues_to_the_bit(
     data: Path,
     tmp_path: Path,

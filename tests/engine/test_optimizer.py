@@ -40,8 +40,9 @@ def give_gradients(parts: Parts, head: str, seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_three_steps_are_those_of_the_published_rule(tmp_path: Path, precision: str, backend: str) -> None:
     parts = assemble(configure(tmp_path, f"precision={precision}"))
-    masters = parts.optimizer.masters()
-    started = {n: masters.get(p, p).detach().clone() for n, p in parts.model.named_parameters()}
+    masters = {name.replace("/", "."): master for name, master in parts.optimizer.masters().items()}
+    masters = {name: masters[name.removeprefix("heads.")] for name, _ in parts.model.named_parameters()}
+    started = {name: master.clone() for name, master in masters.items()}
     gradients: dict[str, list[Tensor]] = {name: [] for name in started}
     with using(backend):
         for seed in range(3):
@@ -51,9 +52,9 @@ def test_three_steps_are_those_of_the_published_rule(tmp_path: Path, precision: 
     lr = 0.5 * parts.optimizer.units["trunk"].lr
     for name, parameter in parts.model.named_parameters():
         expected = published(started[name], gradients[name], lr, DECAY if name.endswith("matrices") else 0.0)
-        ours = masters.get(parameter, parameter).detach().double()
+        ours = masters[name].double()
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-4 * lr)
-        assert torch.equal(parameter.detach(), masters.get(parameter, parameter).to(parameter.dtype)), name
+        assert torch.equal(parameter.detach(), masters[name].to(parameter.dtype)), name
         if not gradients[name]:
             assert torch.equal(ours, started[name].double()), f"{name} did not run and moved"
 
@@ -73,7 +74,8 @@ def test_a_step_with_a_bad_gradient_changes_nothing(tmp_path: Path, backend: str
         gradient[3] = bad
         _, skipped = parts.optimizer.step("answer_head", 1.0, torch.tensor(1.0))
     assert float(skipped) == 1
-    assert all(torch.equal(value, before[key]) for key, value in parts.optimizer.state_dict().items())
+    after = parts.optimizer.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in after.items() if not key.endswith("/steps"))
     assert all(torch.equal(a, b) for a, b in zip(weights, parts.model.parameters(), strict=True))
 
 

@@ -54,7 +54,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert not run(first, tmp_path / "parts", stop_after=3)[0]
     second = assemble(configure())
     path, _ = checkpoint.newest_valid(tmp_path / "parts")
-    cursor = checkpoint.load(path, second.model, second.optimizer)
+    cursor = checkpoint.load(path, second.model, second.stepper)
     assert cursor.iteration < 6 and cursor.windows
     assert run(second, tmp_path / "parts", cursor)[0]
     assert same(weights(whole), weights(second))
@@ -131,5 +131,5 @@ def test_the_count_of_steps_is_kept(tmp_path: Path) -> None:
     run(first, tmp_path / "run")
     second = assemble(configure())
     path, _ = checkpoint.newest_valid(tmp_path / "run")
-    assert isinstance(checkpoint.load(path, second.model, second.optimizer), Cursor)
+    assert isinstance(checkpoint.load(path, second.model, second.stepper), Cursor)
     assert int(second.optimizer.units["trunk"].steps) == int(first.optimizer.units["trunk"].steps) == 6
