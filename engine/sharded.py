@@ -18,7 +18,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -78,7 +77,7 @@ class Sharded:
         self._stage = stage_of(config)
         whole = _Whole(model)
         if self._stage == 0:
-            self._plain: Optimizer | None = Optimizer(model, replace(settings, clip=0.0), rates)  # DeepSpeed clips
+            self._plain: Optimizer | None = Optimizer(model, settings, rates)
             self._plain.take_masters(exact)
             stepped: _Adapter | ShardedAdamW = _Adapter(self._plain)
         else:

@@ -71,11 +71,18 @@ def on(n: int, function: Any, *arguments: Any) -> list[Any]:
     return [function(Ranks(), *arguments)] if n == 1 else on_ranks(n, function, *arguments)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_step_moves_trunk_and_head_alone(data: Path, n: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "stages", "precisions"),
+    [
+        (1, STAGES, PRECISIONS),
+        (2, ["1", "3"], ["bfloat16"]),
+        pytest.param(2, STAGES, PRECISIONS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_moves_trunk_and_head_alone(data: Path, n: int, stages: list[str], precisions: list[str]) -> None:
     """Every bit of all other heads stays: of weights that compute, of float32 masters, of moments and counts."""
     heads = {name: task.row.head for name, task in assemble(configure(data)).tasks.items()}
-    found = on(n, moves, str(data), STAGES, PRECISIONS)
+    found = on(n, moves, str(data), stages, precisions)
     for case in found[0]:
         for step, name in enumerate(ORDER):
             for kind in ("used", "weights", "state"):
@@ -83,7 +90,7 @@ def test_a_step_moves_trunk_and_head_alone(data: Path, n: int) -> None:
                 assert moved == {"trunk", heads[name]}, f"{case}: step {step}, {name}: {kind}"
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zero_filled_moves_the_heads_that_have_run(data: Path, n: int) -> None:
     plain = moves(Ranks(), str(data), [PLAIN], ["float32"], "optimizer.update=zero_filled")["plain float32"]
     assert set(plain[3]["weights"]) == HEADS - {"pair_head"} | {"trunk"}
