@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,16 +116,18 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference of a tensor, in norms of it; at least a hundredth of the largest norm of its kind.
 
-    The gradient of a key's bias is zero, and what is there is rounding alone: such tensors are compared with their like.
+    The gradient of a key's bias, and of what all options get, is zero: what is there is rounding alone. So those biases are
+    left out, and small tensors are compared with their like.
     """
     assert ours.keys() == theirs.keys()
+    theirs = {key: value for key, value in theirs.items() if not re.search(r"\.key\d?\.bias$", key)}
     norms = {key: float(value.double().norm()) for key, value in theirs.items()}
     largest: dict[str, float] = {}
     for key, norm in norms.items():
         largest[_kind(key)] = max(norm, largest.get(_kind(key), 0.0))
     return max(
         float((ours[key].double() - theirs[key].double()).norm()) / max(norms[key], 1e-2 * largest[_kind(key)])
-        for key in ours
+        for key in theirs
     )
 
 
