@@ -102,6 +102,9 @@ def test_zero_filled_moves_the_heads_that_have_run(data: Path, n: int) -> None:
                 assert moved == set(plain[step][kind]), f"{case}: step {step}: {kind}"
 
 
+TOLERANCE = {1: 1e-4, 2: 2e-3}
+"""Of a tensor, by ranks. On one the sums are the same, but for clipping's factor; on two AdamW divides what rounding did to a
+small gradient by the root of that gradient's square. What was seen: bench/results/ranks.json."""
 SETTINGS = {
     "as it is": [],
     "zero_filled": ["optimizer.update=zero_filled"],
@@ -122,7 +125,7 @@ def test_weights_and_moments_are_those_of_the_plain_optimizer(data: Path, tmp_pa
     theirs = sharded_run.state(tmp_path / "plain-1")
     apart = {stage: furthest(sharded_run.state(tmp_path / f"{stage}-{n}"), theirs) for stage in STAGES}
     record("exactness", f"tensors against the plain optimizer's after 10 steps, {setting}, {n} ranks", apart)
-    assert max(apart.values()) < 1e-4, apart
+    assert max(apart.values()) < TOLERANCE[n], apart
     for stage in STAGES:
         assert relative(found[stage]["steps"], plain["steps"]) < 1e-5
         for ours, expected in zip(found[stage]["steps"], plain["steps"], strict=True):
