@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
+from engine.assembly import assemble
+from engine.config import load
+from engine.cursor import Cursor, Window
+from engine.loop import Listener, Loop
 from engine.ranks import Ranks
+from engine.tasks import CONFIGS
+from engine.validation import Validated
 from tests.engine import sharded_run
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, STEPS, relative
 from tests.engine.small_run import configure
+from tests.pipelines import small_world
 from tests.recorded import record
 
 pytestmark = needs_deepspeed
@@ -91,3 +98,43 @@ def test_all_ranks_tell_the_same(runs: Callable[..., list[dict[str, Any]]], n: i
         for other in others:
             for what in ("steps", "scores", "cursor"):
                 assert first[stage][what] == other[stage][what], f"stage {stage}: {what}"
+
+
+PRETRAINING = ["world.size=small", "max_iterations=4", "logging.every=1", "logging.console=quiet", "device=cpu",
+               "validation.max_examples=16", "task_overrides.conceptual_captions.batch=9"]  # fmt: skip
+
+
+class Sums(Listener):
+    """Remembers the losses of a sum."""
+
+    def __init__(self) -> None:
+        self.found: list[list[float]] = []
+
+    def window(self, iteration: int, task: str, window: Window, *_: object) -> None:
+        self.found.append([window.loss, *window.parts])
+
+    def validated(self, iteration: int, task: str, found: Validated, *_: object) -> None:
+        self.found.append([found.loss, *found.parts])
+
+
+def pretrained(ranks: Ranks, world: str, folder: str, backend: str) -> list[list[float]]:
+    """On one rank: the losses of every step and of the validation, and their parts."""
+    more = [f"world.path={world}", f"world.seed={small_world.SEED}", *PRETRAINING, *sharded_run.of(backend)]
+    parts = assemble(load(CONFIGS / "runs" / "world_pretrain.yaml", more), ranks=ranks)
+    sums = Sums()
+    assert Loop(parts, Cursor(), Path(folder) / f"{backend}-{ranks.world_size}", sums).run()
+    return sums.found
+
+
+@pytest.mark.parametrize("stage", ["1", *(pytest.param(stage, marks=pytest.mark.slow) for stage in "023")])
+def test_pretraining_on_two_ranks(tmp_path: Path, stage: str) -> None:
+    """Nine examples a batch: the ranks have five and four, and other numbers of hidden words and regions."""
+    world = str(small_world.world())
+    plain = pretrained(Ranks(), world, str(tmp_path), PLAIN)
+    assert len(plain) == 5 and all(len(row) == 4 for row in plain)
+    ranks = on_ranks(2, pretrained, world, str(tmp_path), stage)
+    assert ranks[0] == ranks[1]
+    pairs = [pair for ours, theirs in zip(ranks[0], plain, strict=True) for pair in zip(ours, theirs, strict=True)]
+    apart = max(abs(a - b) / abs(b) for a, b in pairs)
+    record("exactness", f"losses of pretraining on 2 ranks against one plain process, stage {stage}", apart)
+    assert apart < TOLERANCE
