@@ -77,7 +77,7 @@ def main() -> None:
         if rank_in_environment() == ODD_ONE and loop.cursor.iteration == 3:
             changes[key](loop.cursor)
 
-    Loop._begin_iteration = changed  # type: ignore[method-assign]
+    Loop._begin_iteration = changed  # type: ignore[assignment,method-assign]
     sys.exit(train.main(arguments))
 
 

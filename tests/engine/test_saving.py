@@ -70,7 +70,7 @@ def blocked(ranks: Ranks, data: str, folder: str, backend: str, until: str) -> l
         wait_for_save(must)
 
     loop._wait_for_save = asked  # type: ignore[method-assign]
-    Saver._write = waits  # type: ignore[method-assign]
+    Saver._write = waits  # type: ignore[assignment,method-assign]
     try:
         assert loop.run()
     finally:

@@ -17,11 +17,13 @@ from engine.cursor import Cursor
 from engine.loop import Listener, Loop
 from engine.losses import outcome
 from engine.model.randomness import Randomness
+from engine.ranks import Ranks
 from engine.step import addends
 from engine.tasks import CONFIGS
 from pipelines.batch import Batch, MaskedTarget
 from pipelines.division import Division, divide, example_rows
 from pipelines.loader import TrainingSource
+from pipelines.packing import pack
 from tests.engine.sharded_run import furthest, relative, runs, state
 from tests.engine.small_run import configure
 from tests.pipelines import small_world
@@ -158,23 +160,20 @@ def test_rows_of_an_example_are_those_of_its_batch(parts: Parts, name: str) -> N
 
 
 def _alone(source: TrainingSource, index: int) -> Batch:
-    from pipelines.packing import pack
-
     return pack(source.data, np.array([index]), epoch=0, seed=0, training=True, task_token=source.task_token)
 
 
 def test_micro_batches_make_the_same_steps(tmp_path: Path) -> None:
     """accumulation changes how a step is computed, never what it is."""
-    configure(tmp_path / "data") if (tmp_path / "data").mkdir() is None else None
+    configure(tmp_path)
     more = [f"task_overrides.{name}.accumulation={2 + number % 2}" for number, name in enumerate(TASKS)]
-    found = []
-    for name, overrides in (("one", []), ("several", more)):
-        from engine.ranks import Ranks
-
-        found.append(runs(Ranks(), str(tmp_path / "data"), str(tmp_path / name), ["plain"], *overrides)["plain"])
-    assert relative(found[1]["steps"], found[0]["steps"]) < 1e-5
+    one, several = (
+        runs(Ranks(), str(tmp_path), str(tmp_path / name), ["plain"], *overrides)["plain"]
+        for name, overrides in (("one", []), ("several", more))
+    )
+    assert relative(several["steps"], one["steps"]) < 1e-5
     assert furthest(state(tmp_path / "several" / "plain-1"), state(tmp_path / "one" / "plain-1")) < 2e-3
-    assert found[1]["cursor"]["consumed"] == found[0]["cursor"]["consumed"], "steps are counted, not micro-batches"
+    assert several["cursor"]["consumed"] == one["cursor"]["consumed"], "steps are counted, not micro-batches"
 
 
 def test_micro_batches_of_a_step_are_of_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
