@@ -97,7 +97,7 @@ def skeleton(
 
     `texts`: the example that each text is of, int64 [n_texts].
     """
-    text_rows, image_rows = np.diff(cu_texts), np.diff(regions.cu_images)
+    text_rows, image_rows = ragged.lengths_of(cu_texts), ragged.lengths_of(regions.cu_images)
     return Batch(
         task=data.spec.name,
         examples=len(indices),
@@ -162,16 +162,17 @@ def _unique_within(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int
 
 def pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:
     """Token ids int64 [T] and cu_texts int64 [n_texts + 1]."""
-    flat, cu_words = ragged.take(data.token_offsets, texts)
-    words = data.token_ids[flat].astype(np.int64)
     if task_token is None:
-        return words, cu_words
-    cu_texts = cu_words + np.arange(len(cu_words))
-    token_ids = np.empty(cu_texts[-1], np.int64)
-    is_word = np.ones(len(token_ids), bool)
-    is_word[cu_texts[:-1] + 1] = False
-    token_ids[is_word] = words
-    token_ids[~is_word] = task_token
+        flat, cu_texts = ragged.take(data.token_offsets, texts)
+        return data.token_ids[flat].astype(np.int64), cu_texts
+    starts = data.token_offsets[texts]
+    lengths = data.token_offsets[texts + 1] - starts + 1
+    cu_texts = ragged.offsets_of(lengths)
+    first = cu_texts[:-1]
+    flat = ragged.ranges(starts - 1, lengths)  # row 0 is word 0, row 1 the task token, row 2 word 1
+    flat[first] += 1
+    token_ids = data.token_ids[flat].astype(np.int64)
+    token_ids[first + 1] = task_token
     return token_ids, cu_texts
 
 

@@ -61,15 +61,16 @@ class Regions:
         """Copy the features from the memory map to where they stay, [at least R, F], where they are wanted; and write what the
         model reads of the boxes, float32 [at least R, 5]. Rows beyond R become zeros."""
         store, candidates = self.data.store, self.data.candidates
-        sizes = store.sizes[self.images]
+        sizes, rows = store.sizes[self.images], self.rows
+        if locations.shape[0] > rows:  # asked before the copying, which pushes all else out of the caches
+            for x in (features, locations):
+                if x is not None:
+                    x[rows:].zero_()
         store.gather(
             self.images, self.cu_images[:-1], features, locations, taken=self.detected, sizes=sizes, threads=threads
         )
         if candidates is not None:
             candidates.gather(*self._annotated(), features, locations, sizes=sizes, global_row=False, threads=threads)
-        for x in (features, locations):
-            if x is not None and len(x) > self.rows:
-                x[self.rows :].zero_()
 
     def fill_bytes(self, values: Tensor, scales: Tensor, threads: int) -> None:
         """The same without conversion, from stores of bytes: uint8 [R, F], and float32 [R, 1] to multiply them by. Global rows

@@ -139,11 +139,12 @@ class FeatureStore:
         None: these are not wanted. Values are converted once, rounded to nearest even; other rows are left alone. `threads`
         share the copying. Raises BadInput for a damaged record, before anything is copied.
         """
-        given = [x for x in (features, locations) if x is not None]
-        images, first, counts = self._places(rows, starts, taken, global_row, min(map(len, given)))
-        for x, columns in ((features, self.feature_dim), (locations, 5)):
-            if x is not None and (x.shape[1:] != (columns,) or not x.is_contiguous()):
+        wanted = [(x, n) for x, n in ((features, self.feature_dim), (locations, 5)) if x is not None]
+        for x, columns in wanted:
+            if x.shape[1:] != (columns,) or not x.is_contiguous():
                 raise ValueError(f"{list(x.shape)}, wanted contiguous [rows, {columns}]")
+        room = min(x.shape[0] for x, _ in wanted)
+        images, first, counts = self._places(rows, starts, taken, global_row, room)
         self._verify_rows(images)
         if sizes is None:
             sizes = self.sizes[images]
@@ -224,8 +225,8 @@ class FeatureStore:
         counts = self.counts[images].astype(np.int64)
         if taken is not None:
             counts = np.minimum(counts, np.asarray(taken, np.int64))
-        ends = first + counts + global_row
-        if len(images) and (first.min() < 0 or ends.max() > room or counts.min() < 0 or images.min() < 0):
+        ends = first + counts + int(global_row)
+        if ((room - ends) | first | counts | images).min(initial=0) < 0:  # one of them is negative
             raise IndexError(f"rows {first.min()} to {ends.max()} of {room}")
         return images, first, counts
 
