@@ -1,0 +1,169 @@
+"""`python -m bench.plan`: what a run will need and how fast it will be, before a node is booked.
+
+  python -m bench.plan --gpus 8,64 --gpu h100 --zero 1,2      a projection
+  python -m bench.plan --cpu-ranks 1 --check                  a prediction, and what is measured here
+
+Counted: products, bytes, launches and what backward keeps, by running the engine's own step on tensors without memory
+(bench/plan_count.py), on batches of real lengths. A batch is examples of a step over all ranks. From a table: what GPUs
+have, and how much of it a step gets, each with its source (bench/hardware.yaml). Measured in the same run: the rates of
+this CPU. Nothing here has run on a GPU: those numbers are projections, and say so.
+
+Warnings: a rank does not fit, starves for data, waits for other ranks, or gets no examples.
+Exit codes: 0 done; 1 a check was off by more than 15 %; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import plan_batches, plan_hardware, plan_report
+from bench.plan_cost import STAGES, Layout, Machine, step
+from bench.plan_count import Counted, Model, values
+from bench.plan_gpu import GpuRank
+from bench.plan_memory import of_rank
+from bench.plan_report import Plan
+from bench.timing import conditions
+from engine.config import RunConfig, load
+from engine.tasks import CONFIGS
+from kernels import native_library
+from pipelines.errors import BadInput
+
+RUN = CONFIGS / "runs/twelve_in_one.yaml"
+PIPELINE = Path(__file__).resolve().parent / "results/pipeline.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=RUN, metavar="RUN.yaml", help="the run (twelve_in_one)")
+    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs, one rank each")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="row of bench/hardware.yaml (%(default)s)")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
+    parser.add_argument("--cpu-ranks", metavar="N,N", help="ranks on this machine's cores, each with its share of them")
+    parser.add_argument("--zero", default="1", metavar="N,N", help="ZeRO stages, 0 to 3 (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="measure here what is predicted for one rank on this CPU")
+    parser.add_argument(
+        "--check-ranks", action="store_true", help="the same for two ranks, by a run of engine.train under torchrun"
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write everything here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run: precision=…, cuda_graphs=true, …")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    stages = _numbers("--zero", arguments.zero, least=0)
+    if not set(stages) <= set(STAGES):
+        raise BadInput(f"--zero {arguments.zero}", "no such stage", f"there are {', '.join(map(str, STAGES))}")
+    gpus = _numbers("--gpus", arguments.gpus) if arguments.gpus else []
+    cpu_ranks = _numbers("--cpu-ranks", arguments.cpu_ranks) if arguments.cpu_ranks else []
+    if not (gpus or cpu_ranks or arguments.check or arguments.check_ranks):
+        raise BadInput("--gpus, --cpu-ranks", "there is nothing to plan for", "--gpus 8 --gpu h100, or --cpu-ranks 1")
+    if arguments.per_node < 1:
+        raise BadInput("--per-node", f"{arguments.per_node}, at least 1 is needed")
+    run = load(arguments.config, arguments.overrides)
+    plans = _projections(run, arguments, gpus, stages)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    result: dict[str, Any] = {"conditions": conditions(torch.device("cpu")), "config": str(arguments.config)}
+    for plan, about in plans:
+        console.print(plan_report.render(plan, about))
+    result["plans"] = [plan.as_json() for plan, _ in plans]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _numbers(where: str, text: str, least: int = 1) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise BadInput(f"{where} {text}", f"whole numbers from {least} on are needed, with commas between them")
+    return numbers
+
+
+def _projections(
+    run: RunConfig, arguments: argparse.Namespace, gpus: Sequence[int], stages: Sequence[int]
+) -> list[tuple[Plan, str]]:
+    """One for each number of GPUs and stage."""
+    if not gpus:
+        return []
+    hardware = plan_hardware.load()
+    if run.precision != "bfloat16":
+        raise BadInput("precision", f"{run.precision}, but the table of GPUs is for bfloat16", "precision=bfloat16")
+    rank = GpuRank(hardware.gpu(arguments.gpu), hardware.efficiencies, arguments.per_node, pipeline_rate())
+    return plans(run, rank, gpus, stages, hardware.efficiencies.context.value)
+
+
+def plans(
+    run: RunConfig, machine: Machine, ranks: Sequence[int], stages: Sequence[int], context: float = 0.0, isa: str = ""
+) -> list[tuple[Plan, str]]:
+    """(plan, where its batches are from) for each number of ranks and stage."""
+    source = plan_batches.source(run)
+    model = Model(run.model, dict(source.heads), plan_batches.DTYPES[run.precision], isa)
+    base = layout_of(run, model)
+    limits = plan_hardware.load().limits
+    found = []
+    for n in ranks:
+        counted: list[Counted] = []
+        for row in source.rows:
+            counted.append(model.count(source.draw(row, -(-row.batch // n), n), row.head, run.share_prefixes))
+        for stage in stages if n > 1 else stages[:1]:
+            layout = replace(base, ranks=n, stage=stage if n > 1 else 0)
+            steps = tuple(
+                step(machine, layout, row.name, row.head, row.batch, -(-row.batch // n), of)
+                for row, of in zip(source.rows, counted, strict=True)
+            )
+            memory = of_rank(layout, counted, context)
+            capacity = pipeline_rate() * run.data_threads
+            found.append((Plan(machine, layout, steps, memory, run.max_iterations, capacity, limits), source.said))
+    return found
+
+
+def layout_of(run: RunConfig, model: Model) -> Layout:
+    """The run's parameters on one rank."""
+    trunk = model.model.trunk
+    return Layout(
+        ranks=1, stage=0, precision=run.precision, trunk=values(trunk),
+        heads={name: values(head) for name, head in model.model.heads.items()},
+        trunk_tensors=len(list(trunk.parameters())), graphs=run.cuda_graphs, data_threads=run.data_threads,
+        largest=max(parameter.numel() for parameter in model.model.parameters()),
+    )  # fmt: skip
+
+
+def pipeline_rate(path: Path = PIPELINE) -> float:
+    """Images/s that one thread fills batches with, as `bench.pipeline` measured it. BadInput where it has not."""
+    try:
+        return float(json.loads(path.read_text())["images_per_s"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(path, f"no result: {error!r}", f"python -m bench.pipeline --json {path}") from None
+
+
+def isa() -> str:
+    """Of the native kernels here; empty without them."""
+    return native_library.isa() if native_library.available() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
