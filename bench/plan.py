@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench import plan_batches, plan_hardware, plan_report
-from bench.plan_cost import STAGES, Layout, Machine, step
-from bench.plan_count import Counted, Model, values
+from bench import plan_batches, plan_check, plan_hardware, plan_ranks, plan_report, plan_run
+from bench.plan_check import Checked
+from bench.plan_cost import STAGES, Machine, step
+from bench.plan_count import Counted, Model
 from bench.plan_gpu import GpuRank
 from bench.plan_memory import of_rank
 from bench.plan_report import Plan
@@ -63,10 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--zero", default="1", metavar="N,N", help="ZeRO stages, 0 to 3 (%(default)s)")
     parser.add_argument("--check", action="store_true", help="measure here what is predicted for one rank on this CPU")
     parser.add_argument(
-        "--check-ranks", action="store_true", help="the same for two ranks, by a run of engine.train under torchrun"
+        "--check-run",
+        type=int,
+        metavar="N",
+        help="run engine.train with N ranks for some iterations, and put its journal beside what is predicted "
+        "(one rank for now: engine.train does not divide a run between ranks yet)",
     )
     parser.add_argument("--json", type=Path, metavar="F", help="write everything here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run: precision=…, cuda_graphs=true, …")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the run: precision=…, cuda_graphs=true, …"
+    )
     return parser
 
 
@@ -76,21 +83,47 @@ def _run(arguments: argparse.Namespace) -> int:
         raise BadInput(f"--zero {arguments.zero}", "no such stage", f"there are {', '.join(map(str, STAGES))}")
     gpus = _numbers("--gpus", arguments.gpus) if arguments.gpus else []
     cpu_ranks = _numbers("--cpu-ranks", arguments.cpu_ranks) if arguments.cpu_ranks else []
-    if not (gpus or cpu_ranks or arguments.check or arguments.check_ranks):
+    if not (gpus or cpu_ranks or arguments.check or arguments.check_run):
         raise BadInput("--gpus, --cpu-ranks", "there is nothing to plan for", "--gpus 8 --gpu h100, or --cpu-ranks 1")
     if arguments.per_node < 1:
         raise BadInput("--per-node", f"{arguments.per_node}, at least 1 is needed")
     run = load(arguments.config, arguments.overrides)
-    plans = _projections(run, arguments, gpus, stages)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    result: dict[str, Any] = {"conditions": conditions(torch.device("cpu")), "config": str(arguments.config)}
-    for plan, about in plans:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    found = _projections(run, arguments, gpus, stages) if gpus else []
+    for n in cpu_ranks:
+        _say(f"measuring what {n} rank{'s' * (n > 1)} can do here, half a minute")
+        rank = plan_ranks.measure(run, n, isa(), pipeline_rate())
+        found += plans(run, rank, [n], stages, plan_ranks.PROCESS, isa())
+    for plan, about in found:
         console.print(plan_report.render(plan, about))
-    result["plans"] = [plan.as_json() for plan, _ in plans]
+    checked = _checked(run, arguments)
+    if checked:
+        console.print(plan_check.table(checked))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "conditions": conditions(torch.device("cpu")),
+            "load_average": os.getloadavg(),
+            "config": str(arguments.config),
+            "overrides": arguments.overrides,
+            "plans": [plan.as_json() for plan, _ in found],
+            "checks": [of.as_json() for of in checked],
+        }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return int(bool(checked) and plan_check.off(checked) > plan_check.TOLERANCE)
+
+
+def _checked(run: RunConfig, arguments: argparse.Namespace) -> list[Checked]:
+    found: list[Checked] = []
+    if arguments.check:
+        found += plan_check.one_rank(arguments.config, arguments.overrides, isa(), _say)
+    if arguments.check_run:
+        n = arguments.check_run
+        _say(f"{n} rank{'s' * (n > 1)}: rates, then a run of engine.train; some minutes")
+        rank = plan_ranks.measure(run, n, isa(), pipeline_rate())
+        ((plan, _),) = plans(run, rank, [n], [0], isa=isa())
+        found += plan_run.compare(arguments.config, arguments.overrides, plan)
+    return found
 
 
 def _numbers(where: str, text: str, least: int = 1) -> list[int]:
@@ -107,8 +140,6 @@ def _projections(
     run: RunConfig, arguments: argparse.Namespace, gpus: Sequence[int], stages: Sequence[int]
 ) -> list[tuple[Plan, str]]:
     """One for each number of GPUs and stage."""
-    if not gpus:
-        return []
     hardware = plan_hardware.load()
     if run.precision != "bfloat16":
         raise BadInput("precision", f"{run.precision}, but the table of GPUs is for bfloat16", "precision=bfloat16")
@@ -122,7 +153,7 @@ def plans(
     """(plan, where its batches are from) for each number of ranks and stage."""
     source = plan_batches.source(run)
     model = Model(run.model, dict(source.heads), plan_batches.DTYPES[run.precision], isa)
-    base = layout_of(run, model)
+    base = plan_batches.layout_of(run, model)
     limits = plan_hardware.load().limits
     found = []
     for n in ranks:
@@ -141,17 +172,6 @@ def plans(
     return found
 
 
-def layout_of(run: RunConfig, model: Model) -> Layout:
-    """The run's parameters on one rank."""
-    trunk = model.model.trunk
-    return Layout(
-        ranks=1, stage=0, precision=run.precision, trunk=values(trunk),
-        heads={name: values(head) for name, head in model.model.heads.items()},
-        trunk_tensors=len(list(trunk.parameters())), graphs=run.cuda_graphs, data_threads=run.data_threads,
-        largest=max(parameter.numel() for parameter in model.model.parameters()),
-    )  # fmt: skip
-
-
 def pipeline_rate(path: Path = PIPELINE) -> float:
     """Images/s that one thread fills batches with, as `bench.pipeline` measured it. BadInput where it has not."""
     try:
@@ -163,6 +183,10 @@ def pipeline_rate(path: Path = PIPELINE) -> float:
 def isa() -> str:
     """Of the native kernels here; empty without them."""
     return native_library.isa() if native_library.available() else ""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 
 from bench import lengths
 from bench.batches import draw, pack
+from bench.plan_cost import Layout
+from bench.plan_count import Model, values
 from engine import assembly
 from engine.config import RunConfig, load_tasks
 from engine.model.heads import HeadSpec
@@ -51,18 +53,20 @@ def _synthetic(run: RunConfig, rows: tuple[TaskRow, ...]) -> Source:
     for row in rows:
         if row.name not in known or row.loss == "masked":
             raise BadInput(
-                f"task {row.name}", "its lengths are not known", "name others with tasks=…, or measure it: bench.lengths"
+                f"task {row.name}",
+                "its lengths are not known",
+                "name others with tasks=…, or measure it: bench.lengths",
             )
 
     def drawn(row: TaskRow, examples: int, ranks: int) -> Batch:
         turns = range(min(ranks, _DRAWN))
-        return max((_shapes(run, row, known[row.name], examples, turn) for turn in turns), key=_rows)
+        return max((shapes(run, row, known[row.name], examples, turn) for turn in turns), key=_rows)
 
     heads = {row.head: PUBLISHED_HEADS[row.head] for row in rows}
     return Source(rows, heads, drawn, f"batches: synthetic, real lengths ({lengths.FILE.name})")
 
 
-def _shapes(run: RunConfig, row: TaskRow, of: lengths.TaskLengths, examples: int, turn: int) -> Batch:
+def shapes(run: RunConfig, row: TaskRow, of: lengths.TaskLengths, examples: int, turn: int) -> Batch:
     """As `bench.iterations` draws it for this turn, but for features, which have a shape alone."""
     narrow = run.model.model_copy(update={"v_feature_size": 1})
     batch = pack(draw(row, of, narrow, examples, (run.seed, turn)), DTYPES[run.precision])
@@ -79,6 +83,17 @@ def _world(run: RunConfig, rows: tuple[TaskRow, ...]) -> Source:
         return max((replace(train, sampler=sampler)(turn) for turn in range(min(ranks, _DRAWN))), key=_rows)
 
     return Source(rows, parts.model.head_specs, drawn, "batches: the run's own")
+
+
+def layout_of(run: RunConfig, model: Model) -> Layout:
+    """The run's parameters on one rank."""
+    trunk = model.model.trunk
+    return Layout(
+        ranks=1, stage=0, precision=run.precision, trunk=values(trunk),
+        heads={name: values(head) for name, head in model.model.heads.items()},
+        trunk_tensors=len(list(trunk.parameters())), graphs=run.cuda_graphs, data_threads=run.data_threads,
+        largest=max(parameter.numel() for parameter in model.model.parameters()),
+    )  # fmt: skip
 
 
 def _rows(batch: Batch) -> int:

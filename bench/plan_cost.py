@@ -1,6 +1,6 @@
 """Seconds of a step from what was counted of it, on a machine whose rates are known, with other ranks to wait for.
 
-    step = max(forward and backward, host) + exposed communication + update, or what its data takes if that is longer
+step = max(forward and backward, host) + exposed communication + update, or what its data takes if that is longer
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class Layout:
 
 
 def communicate(machine: Machine, layout: Layout, stepped: int, work: Work) -> Communication:
-    """What a step that updates `stepped` values sends. Stages 1 to 3 end in the weights that other ranks updated, which the next
-    forward needs; stage 3 has them gathered while layers run, twice."""
+    """What a step that updates `stepped` values sends. Stages 1 to 3 end in the weights that other ranks updated, which the
+    next forward needs; stage 3 has them gathered while layers run, twice."""
     if layout.ranks == 1:
         return Communication(0.0, 0.0, 0.0)
     n, size = layout.ranks, stepped * layout.element_size

@@ -1,0 +1,159 @@
+"""Predicted beside measured, on this machine: one rank by the engine's own step on synthetic batches, two
+by a run's journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bench import lengths, plan_batches, plan_cpu
+from bench.comparison import WARMING, geometric_mean
+from bench.plan_cost import step
+from bench.plan_count import Model
+from bench.plan_cpu import CpuRank, Sample, Steps
+from bench.provider import Setting
+from bench.worker import Worker
+from engine import assembly
+from engine.config import RunConfig, load
+from engine.overrides import model_preset
+from engine.tasks import TaskRow, load_table
+
+Say = Callable[[str], None]
+
+TOLERANCE = 0.15
+"""Of the geometric mean of predicted over measured."""
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, so many samples a step, and the tasks to measure it on."""
+
+    model: str
+    batch: int
+    tasks: tuple[str, ...]
+
+
+CASES = (
+    Case("tiny", 32, ("vqa", "coco_retrieval", "refcoco", "visual7w", "guesswhat_pointing", "nlvr2", "snli_ve")),
+    Case("vilbert_6l_6c", 4, ("vqa", "refcoco", "guesswhat_pointing", "nlvr2")),
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One task's step. Seconds."""
+
+    case: str
+    task: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "ratio": self.ratio, "iterations_per_s": {
+            "predicted": 1 / self.predicted, "measured": 1 / self.measured}}  # fmt: skip
+
+
+def one_rank(run: Path, overrides: Sequence[str], isa: str, say: Say, cases: Sequence[Case] = CASES) -> list[Checked]:
+    """Every case, in turns with the rates of this machine."""
+    found = []
+    for case in cases:
+        config = _config(run, case, overrides)
+        device = torch.device("cpu")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        assembly.use_kernels(config, device, lambda line: None)
+        dtype = plan_batches.DTYPES[config.precision]
+        rows = [load_table().row(name) for name in case.tasks]
+        setting = Setting(config, case.batch, device)
+        name = f"{case.model}, batch {case.batch}"
+        with Worker("ours", setting) as worker:
+            samples, measured = _in_turns(
+                worker, rows, plan_cpu.Steps(config.model, dtype, isa), config, dtype, name, say
+            )
+        rank = CpuRank("this CPU", plan_cpu.Rates.fit(samples), float("inf"), float("inf"))
+        predicted = _predicted(config, rank, rows, case.batch, isa)
+        found += [Checked(name, row.name, predicted[row.name], measured[row.name]) for row in rows]
+    return found
+
+
+def _config(run: Path, case: Case, overrides: Sequence[str]) -> RunConfig:
+    longest = max(load_table().row(name).max_tokens for name in case.tasks)
+    chosen = [f"model={case.model}", "precision=bfloat16", f"tasks=[{','.join(case.tasks)}]"]
+    _, preset = model_preset(case.model, "model")
+    if preset.get("max_position_embeddings", longest) < longest:
+        chosen.append(f"model.max_position_embeddings={longest}")
+    return load(run, [*chosen, *overrides])
+
+
+def _in_turns(
+    worker: Worker, rows: Sequence[TaskRow], steps: Steps, config: RunConfig, dtype: torch.dtype, name: str, say: Say
+) -> tuple[list[Sample], dict[str, float]]:
+    """Rates, a step of every task, rates, … : whatever else the machine does falls on both. Median seconds of each task."""
+    samples = plan_cpu.kernels(config.model, dtype)
+    for row in rows:
+        for turn in WARMING:
+            _step(worker, row, turn)
+    seconds: dict[str, list[float]] = {row.name: [] for row in rows}
+    for turn in range(_ROUNDS):
+        say(f"{name}: round {turn + 1} of {_ROUNDS}")
+        samples += steps.samples(dtype)
+        for row in rows:
+            seconds[row.name].append(_step(worker, row, turn))
+    samples += steps.samples(dtype) + plan_cpu.kernels(config.model, dtype)
+    return samples, {task: median(found) for task, found in seconds.items()}
+
+
+def _step(worker: Worker, row: TaskRow, turn: int) -> float:
+    worker.ask("prepare", row, turn)
+    seconds: float = worker.ask("step").seconds
+    return seconds
+
+
+def _predicted(config: RunConfig, rank: CpuRank, rows: Sequence[TaskRow], batch: int, isa: str) -> dict[str, float]:
+    """Of the same batches: the mean over them."""
+    known = lengths.load()
+    heads = plan_batches.source(config).heads
+    model = Model(config.model, dict(heads), plan_batches.DTYPES[config.precision], isa)
+    layout = plan_batches.layout_of(config, model)
+    found = {}
+    for row in rows:
+        seconds = []
+        for turn in range(_ROUNDS):
+            drawn = plan_batches.shapes(config, row, known[row.name], batch, turn)
+            counted = model.count(drawn, row.head, config.share_prefixes)
+            seconds.append(step(rank, layout, row.name, row.head, batch, batch, counted).seconds)
+        found[row.name] = mean(seconds)
+    return found
+
+
+def off(checked: Sequence[Checked]) -> float:
+    """How far the geometric mean of predicted over measured is from 1."""
+    return abs(geometric_mean([of.ratio for of in checked]) - 1)
+
+
+def table(checked: Sequence[Checked]) -> Table:
+    """One line a task."""
+    grid = Table(title="predicted beside measured", title_justify="left", header_style="bold")
+    for heading in ("run", "task", "predicted, ms", "measured, ms", "predicted, steps/s", "measured", "ratio"):
+        grid.add_column(heading, justify="left" if heading in ("run", "task") else "right")
+    for of in checked:
+        grid.add_row(
+            of.case, of.task, f"{1e3 * of.predicted:,.1f}", f"{1e3 * of.measured:,.1f}", f"{1 / of.predicted:,.2f}",
+            f"{1 / of.measured:,.2f}", f"{of.ratio:.2f}",
+        )  # fmt: skip
+    grid.add_section()
+    for case in dict.fromkeys(of.case for of in checked):
+        ratios = [of.ratio for of in checked if of.case == case]
+        grid.add_row(case, "geometric mean", "", "", "", "", f"{geometric_mean(ratios):.2f}")
+    return grid
