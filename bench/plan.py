@@ -28,9 +28,10 @@ from rich.console import Console
 from bench import plan_batches, plan_check, plan_hardware, plan_ranks, plan_report, plan_run
 from bench.plan_check import Checked
 from bench.plan_cost import STAGES, Machine, step
-from bench.plan_count import Counted, Model
+from bench.plan_count import Counted
 from bench.plan_gpu import GpuRank
 from bench.plan_memory import of_rank
+from bench.plan_model import Model
 from bench.plan_report import Plan
 from bench.timing import conditions
 from engine.config import RunConfig, load
@@ -91,8 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     found = _projections(run, arguments, gpus, stages) if gpus else []
     for n in cpu_ranks:
-        _say(f"measuring what {n} rank{'s' * (n > 1)} can do here, half a minute")
-        rank = plan_ranks.measure(run, n, isa(), pipeline_rate())
+        rank = plan_ranks.measure(run, n, isa(), pipeline_rate(), _say)
         found += plans(run, rank, [n], stages, plan_ranks.PROCESS, isa())
     for plan, about in found:
         console.print(plan_report.render(plan, about))
@@ -119,9 +119,9 @@ def _checked(run: RunConfig, arguments: argparse.Namespace) -> list[Checked]:
         found += plan_check.one_rank(arguments.config, arguments.overrides, isa(), _say)
     if arguments.check_run:
         n = arguments.check_run
-        _say(f"{n} rank{'s' * (n > 1)}: rates, then a run of engine.train; some minutes")
-        rank = plan_ranks.measure(run, n, isa(), pipeline_rate())
+        rank = plan_ranks.measure(run, n, isa(), pipeline_rate(), _say)
         ((plan, _),) = plans(run, rank, [n], [0], isa=isa())
+        _say(f"a run of engine.train with {n} rank{'s' * (n > 1)}, a minute or more")
         found += plan_run.compare(arguments.config, arguments.overrides, plan)
     return found
 

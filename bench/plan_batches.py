@@ -10,7 +10,7 @@ import torch
 from bench import lengths
 from bench.batches import draw, pack
 from bench.plan_cost import Layout
-from bench.plan_count import Model, values
+from bench.plan_model import Model, values
 from engine import assembly
 from engine.config import RunConfig, load_tasks
 from engine.model.heads import HeadSpec

@@ -48,13 +48,21 @@ class Work:
 class Machine(Protocol):
     """What one rank runs on, and what lies between ranks."""
 
-    title: str
-    measured: bool
-    """Whether its rates were measured where it is."""
-    overlap: float
-    """Share of backward behind which gradients can travel."""
-    memory: float
-    """Bytes a rank may hold."""
+    @property
+    def title(self) -> str:
+        """What it is called."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether its rates were measured where it is."""
+
+    @property
+    def overlap(self) -> float:
+        """Share of backward behind which gradients can travel."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes a rank may hold."""
 
     def work(self, counted: Counted, graphs: bool) -> Work:
         """Forward and backward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -13,10 +13,11 @@ from statistics import median
 import torch
 from torch import distributed
 
-from bench import plan_cpu
+from bench import plan_samples
 from bench.memory import total_bytes
 from bench.plan_batches import DTYPES
-from bench.plan_cpu import CpuRank, Line, Rates, Sample
+from bench.plan_cpu import CpuRank, Line, Rates
+from bench.plan_samples import Sample
 from bench.timing import cores, device_name
 from engine import assembly
 from engine.config import RunConfig
@@ -30,10 +31,11 @@ _SIZES = (1, 1 << 14, 1 << 18, 1 << 21, 1 << 23)
 _ROUNDS = 5
 
 
-def measure(run: RunConfig, ranks: int, isa: str, images_per_s: float) -> CpuRank:
+def measure(run: RunConfig, ranks: int, isa: str, images_per_s: float, say: Callable[[str], None]) -> CpuRank:
     """Rates of rank 0 while `ranks` processes do the same. BadInput for more ranks than cores."""
     if ranks > cores():
-        raise BadInput(f"--cpu-ranks {ranks}", f"there are {cores()} cores", "not more ranks than cores")
+        raise BadInput(f"{ranks} ranks here", f"there are {cores()} cores", "give not more ranks than cores")
+    say(f"measuring what {ranks} rank{'s' * (ranks > 1)} can do here, half a minute")
     threads = run.threads or max(1, cores() // ranks)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -62,11 +64,11 @@ def _rank(rank: int, ranks: int, threads: int, run: RunConfig, isa: str, store: 
     torch.set_num_threads(threads)
     assembly.use_kernels(run, torch.device("cpu"), lambda line: None)
     dtype = DTYPES[run.precision]
-    steps = plan_cpu.Steps(run.model, dtype, isa)
+    steps = plan_samples.Steps(run.model, dtype, isa)
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
         distributed.barrier()
-    samples = [*steps.samples(dtype), *plan_cpu.kernels(run.model, dtype), *steps.samples(dtype)]
+    samples = [*steps.samples(dtype), *plan_samples.kernels(run.model, dtype), *steps.samples(dtype)]
     reduced = _reduced(dtype) if ranks > 1 else []
     if rank == 0:
         pipe.send((samples, reduced))
