@@ -154,7 +154,8 @@ def plans(
     source = plan_batches.source(run)
     model = Model(run.model, dict(source.heads), plan_batches.DTYPES[run.precision], isa)
     base = plan_batches.layout_of(run, model)
-    limits = plan_hardware.load().limits
+    hardware = plan_hardware.load()
+    base = replace(base, bucket=hardware.efficiencies.bucket.value)
     found = []
     for n in ranks:
         counted: list[Counted] = []
@@ -168,7 +169,9 @@ def plans(
             )
             memory = of_rank(layout, counted, context)
             capacity = pipeline_rate() * run.data_threads
-            found.append((Plan(machine, layout, steps, memory, run.max_iterations, capacity, limits), source.said))
+            found.append(
+                (Plan(machine, layout, steps, memory, run.max_iterations, capacity, hardware.limits), source.said)
+            )
     return found
 
 

@@ -5,8 +5,9 @@ step = max(forward and backward, host) + exposed communication + update, or what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from bench.plan_count import Counted
@@ -149,15 +150,21 @@ class Layout:
     data_threads: int = 1
     largest: int = 0
     """Values of the largest parameter: what stage 3 has to gather whole, twice for the one behind it."""
-    buckets: int = field(default=8)
-    """In so many parts gradients travel, the last of them when backward is over."""
+    bucket: float = 64e6
+    """Bytes of gradients that travel together."""
 
     @property
     def element_size(self) -> int:
         return 2 if self.precision == "bfloat16" else 4
 
     @property
+    def buckets(self) -> int:
+        """In so many parts gradients travel, the last of them when backward is over."""
+        return max(1, math.ceil(self.trunk * self.element_size / self.bucket))
+
+    @property
     def parameters(self) -> int:
+        """Values of everything."""
         return self.trunk + sum(self.heads.values())
 
 

@@ -59,6 +59,7 @@ class Efficiencies(_Row):
     launch: Efficiency
     kernel: Efficiency
     collective: Efficiency
+    bucket: Efficiency
     agreement: Efficiency
     overlap: Efficiency
     context: Efficiency

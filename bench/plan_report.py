@@ -136,7 +136,7 @@ def render(plan: Plan, about: str) -> RenderableType:
         f"a round of {len(plan.steps)} steps: {plan.round_s:.3f} s; {plan.max_iterations:,} rounds: {plan.hours:,.1f} h "
         "if no task stops, without validation",
         f"memory of a rank, GB: {memory}",
-        f"{flops / 1e12:,.1f} TFLOP/s a rank; {plan.images_per_s:,.0f} images/s a rank, {plan.capacity:,.0f} to be had",
+        f"{flops / 1e9:,.0f} GFLOP/s a rank; {plan.images_per_s:,.0f} images/s a rank, {plan.capacity:,.0f} to be had",
     ]
     texts = [Text(line) for line in lines] + [Text(f"warning: {line}", style="bold") for line in plan.warnings]
     return Group(grid, *texts, Text(""))

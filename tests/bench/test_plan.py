@@ -45,7 +45,7 @@ def tiny(*overrides: str) -> RunConfig:
 # Counting
 
 
-@pytest.mark.parametrize("task", ["vqa", "coco_retrieval", "visual7w", "nlvr2", "snli_ve"])
+@pytest.mark.parametrize("task", ["refcoco", "coco_retrieval", "visual7w", "nlvr2", "snli_ve"])
 def test_what_is_counted_is_what_runs(task: str) -> None:
     """The same products in the same order, and the allocator's peak, of a step that computes."""
     config, row = tiny().model, load_table().row(task)
@@ -64,7 +64,7 @@ def test_what_is_counted_is_what_runs(task: str) -> None:
     drop(model)
     assert [product.flops for product in counted.products] == [gemm.flops for gemm in recorder.gemms]
     if plan.isa():  # the plain reference keeps more than the kernels do, and is not what a plan is for
-        assert counted.activations == pytest.approx(peak_bytes(run, torch.device("cpu")), rel=0.1)
+        assert counted.activations == pytest.approx(peak_bytes(run, torch.device("cpu")), rel=0.01)
     assert counted.rows == batch.pair_text_rows + batch.pair_image_rows
     assert counted.images == batch.n_images
     assert counted.batch_bytes == sum(x.nbytes for x in batch.tensors())
@@ -114,7 +114,7 @@ def test_the_rank_with_most_rows_is_counted() -> None:
 def layout(**changes: Any) -> Layout:
     plain = Layout(
         ranks=4, stage=0, precision="bfloat16", trunk=1000, heads={"a": 200, "b": 100}, trunk_tensors=5, largest=300,
-        buckets=2,
+        bucket=1000.0,
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -179,7 +179,7 @@ def test_communication(stage: int, sent: float, seconds: float, hidden: float) -
 def test_the_last_bucket_hides_behind_nothing() -> None:
     machine = Slow()
     machine.overlap = 1e9
-    found = communicate(machine, layout(buckets=4), 1200, machine.work(Counted(), False))
+    found = communicate(machine, layout(bucket=500.0), 1200, machine.work(Counted(), False))
     assert found.exposed == pytest.approx(3600 / 4 + 0.25)
 
 
