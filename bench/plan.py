@@ -92,7 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     found = _projections(run, arguments, gpus, stages) if gpus else []
     for n in cpu_ranks:
-        rank = plan_ranks.measure(run, n, isa(), pipeline_rate(), _say)
+        samples = plan_ranks.measure(run, n, isa(), _say)
+        rank = plan_ranks.fitted(run, n, isa(), samples, pipeline_rate())
         found += plans(run, rank, [n], stages, plan_ranks.PROCESS, isa())
     for plan, about in found:
         console.print(plan_report.render(plan, about))
@@ -118,12 +119,21 @@ def _checked(run: RunConfig, arguments: argparse.Namespace) -> list[Checked]:
     if arguments.check:
         found += plan_check.one_rank(arguments.config, arguments.overrides, isa(), _say)
     if arguments.check_run:
-        n = arguments.check_run
-        rank = plan_ranks.measure(run, n, isa(), pipeline_rate(), _say)
-        ((plan, _),) = plans(run, rank, [n], [0], isa=isa())
-        _say(f"a run of engine.train with {n} rank{'s' * (n > 1)}, a minute or more")
-        found += plan_run.compare(arguments.config, arguments.overrides, plan)
+        found += _checked_run(run, arguments, arguments.check_run)
     return found
+
+
+def _checked_run(run: RunConfig, arguments: argparse.Namespace, n: int) -> list[Checked]:
+    """Rates before the run and after it: whatever else the machine does falls on both."""
+    before = plan_ranks.measure(run, n, isa(), _say)
+    _say(f"a run of engine.train with {n} rank{'s' * (n > 1)}, a minute or more")
+    measured = plan_run.measure(arguments.config, arguments.overrides, n)
+    after = plan_ranks.measure(run, n, isa(), _say)
+    samples = (before[0] + after[0], before[1] + after[1])
+    rank = plan_ranks.fitted(run, n, isa(), samples, pipeline_rate(), of=min)
+    ((plan, _),) = plans(run, rank, [n], [0], isa=isa())
+    name = f"engine.train, {n} rank{'s' * (n > 1)}"
+    return [Checked(name, step.task, step.computing, measured[step.task]) for step in plan.steps]
 
 
 def _numbers(where: str, text: str, least: int = 1) -> list[int]:

@@ -1,12 +1,13 @@
-"""Predicted beside measured, on this machine: one rank by the engine's own step on synthetic batches, two
-by a run's journal."""
+"""Predicted beside measured, on this machine: the engine's own step on synthetic batches.
+
+Of all runs of one size the fastest counts, which neighbours disturb least: of those that rates are fitted to, and of steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -82,9 +83,11 @@ def one_rank(run: Path, overrides: Sequence[str], isa: str, say: Say, cases: Seq
             samples, measured = _in_turns(
                 worker, rows, plan_samples.Steps(config.model, dtype, isa), config, dtype, name, say
             )
-        rank = CpuRank("this CPU", Rates.fit(samples), float("inf"), float("inf"))
+        rank = CpuRank("this CPU", Rates.fit(samples, of=min), float("inf"), float("inf"))
         predicted = _predicted(config, rank, rows, case.batch, isa)
-        found += [Checked(name, row.name, predicted[row.name], measured[row.name]) for row in rows]
+        for row in rows:
+            turns = zip(predicted[row.name], measured[row.name], strict=True)
+            found.append(max((Checked(name, row.name, *turn) for turn in turns), key=lambda of: of.ratio))
     return found
 
 
@@ -99,8 +102,8 @@ def _config(run: Path, case: Case, overrides: Sequence[str]) -> RunConfig:
 
 def _in_turns(
     worker: Worker, rows: Sequence[TaskRow], steps: Steps, config: RunConfig, dtype: torch.dtype, name: str, say: Say
-) -> tuple[list[Sample], dict[str, float]]:
-    """Rates, a step of every task, rates, … : whatever else the machine does falls on both. Median seconds of each task."""
+) -> tuple[list[Sample], dict[str, list[float]]]:
+    """Rates, a step of every task, rates, … : whatever else the machine does falls on both. Seconds of each task's turns."""
     samples = plan_samples.kernels(config.model, dtype)
     for row in rows:
         for turn in WARMING:
@@ -112,7 +115,7 @@ def _in_turns(
         for row in rows:
             seconds[row.name].append(_step(worker, row, turn))
     samples += steps.samples(dtype) + plan_samples.kernels(config.model, dtype)
-    return samples, {task: median(found) for task, found in seconds.items()}
+    return samples, seconds
 
 
 def _step(worker: Worker, row: TaskRow, turn: int) -> float:
@@ -121,21 +124,21 @@ def _step(worker: Worker, row: TaskRow, turn: int) -> float:
     return seconds
 
 
-def _predicted(config: RunConfig, rank: CpuRank, rows: Sequence[TaskRow], batch: int, isa: str) -> dict[str, float]:
-    """Of the same batches: the mean over them."""
+def _predicted(
+    config: RunConfig, rank: CpuRank, rows: Sequence[TaskRow], batch: int, isa: str
+) -> dict[str, list[float]]:
+    """Seconds of the same batches."""
     known = lengths.load()
     heads = plan_batches.source(config).heads
     model = Model(config.model, dict(heads), plan_batches.DTYPES[config.precision], isa)
     layout = plan_batches.layout_of(config, model)
-    found = {}
-    for row in rows:
-        seconds = []
-        for turn in range(_ROUNDS):
-            drawn = plan_batches.shapes(config, row, known[row.name], batch, turn)
-            counted = model.count(drawn, row.head, config.share_prefixes)
-            seconds.append(step(rank, layout, row.name, row.head, batch, batch, counted).seconds)
-        found[row.name] = fmean(seconds)
-    return found
+
+    def seconds(row: TaskRow, turn: int) -> float:
+        drawn = plan_batches.shapes(config, row, known[row.name], batch, turn)
+        counted = model.count(drawn, row.head, config.share_prefixes)
+        return step(rank, layout, row.name, row.head, batch, batch, counted).seconds
+
+    return {row.name: [seconds(row, turn) for turn in range(_ROUNDS)] for row in rows}
 
 
 def off(checked: Sequence[Checked]) -> float:

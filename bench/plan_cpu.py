@@ -7,7 +7,7 @@ that `bench.plan_samples` times.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,6 +16,8 @@ import numpy as np
 from bench.plan_cost import UPDATE_BYTES, Work
 from bench.plan_count import Counted
 from bench.plan_samples import Sample
+
+Of = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True)
@@ -73,37 +75,32 @@ class Rates:
         )
 
     @classmethod
-    def fit(cls, samples: Sequence[Sample]) -> Rates:
-        """Lines from kernels alone; then the two others from whole steps."""
+    def fit(cls, samples: Sequence[Sample], of: Of = median) -> Rates:
+        """Lines from kernels alone; then the two others from whole steps. `of`: the runs of one size, which one counts."""
         by_kind: defaultdict[str, list[Sample]] = defaultdict(list)
-        for sample in _medians(samples):
+        for sample in _once(samples, of):
             by_kind[sample.kind].append(sample)
         steps = by_kind.pop("steps")
-        alone = cls({kind: Line.fit(of) for kind, of in by_kind.items()}, 1.0, 0.0)
+        alone = cls({kind: Line.fit(found) for kind, found in by_kind.items()}, 1.0, 0.0)
         among = Line.fit([
-            Sample("steps", of.counted.launches, alone.work(of.counted).seconds, 0, of.seconds)
-            for of in steps if of.counted
+            Sample("steps", step.counted.launches, alone.work(step.counted).seconds, 0, step.seconds)
+            for step in steps if step.counted
         ])  # fmt: skip
         return cls(alone.lines, among.per_flop, among.fixed)
 
 
-def _medians(samples: Sequence[Sample]) -> Iterator[Sample]:
-    """Of runs of one size: one that was disturbed does not count."""
+def _once(samples: Sequence[Sample], of: Of) -> Iterator[Sample]:
+    """One sample for all runs of one size."""
     seconds: defaultdict[tuple, list[float]] = defaultdict(list)
     by_size = {}
     for sample in samples:
-        of = sample.counted
-        size = (
-            sample.kind,
-            sample.calls,
-            sample.flops,
-            sample.bytes,
-            of and (of.flops, of.launches, of.rows, *of.bytes.values()),
-        )
+        c = sample.counted
+        step = () if c is None else (c.flops, c.launches, c.rows, *c.bytes.values())
+        size = (sample.kind, sample.calls, sample.flops, sample.bytes, *step)
         seconds[size].append(sample.seconds)
         by_size[size] = sample
     for size, sample in by_size.items():
-        yield replace(sample, seconds=median(seconds[size]))
+        yield replace(sample, seconds=of(seconds[size]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from torch import distributed
 from bench import plan_samples
 from bench.memory import total_bytes
 from bench.plan_batches import DTYPES
-from bench.plan_cpu import CpuRank, Line, Rates
+from bench.plan_cpu import CpuRank, Line, Of, Rates
 from bench.plan_samples import Sample
 from bench.timing import cores, device_name
 from engine import assembly
@@ -31,32 +31,47 @@ _SIZES = (1, 1 << 14, 1 << 18, 1 << 21, 1 << 23)
 _ROUNDS = 5
 
 
-def measure(run: RunConfig, ranks: int, isa: str, images_per_s: float, say: Callable[[str], None]) -> CpuRank:
-    """Rates of rank 0 while `ranks` processes do the same. BadInput for more ranks than cores."""
+Samples = tuple[list[Sample], list[Sample]]
+"""Of kernels and steps, and of all-reduces."""
+
+
+def measure(run: RunConfig, ranks: int, isa: str, say: Callable[[str], None]) -> Samples:
+    """What rank 0 finds while `ranks` processes do the same. BadInput for more ranks than cores."""
     if ranks > cores():
         raise BadInput(f"{ranks} ranks here", f"there are {cores()} cores", "give not more ranks than cores")
     say(f"measuring what {ranks} rank{'s' * (ranks > 1)} can do here, half a minute")
-    threads = run.threads or max(1, cores() // ranks)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipe, theirs = context.Pipe(duplex=False)
+        store, threads = Path(folder) / "store", threads_of(run, ranks)
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, threads, run, isa, Path(folder) / "store", theirs))
-            for rank in range(ranks)
+            context.Process(target=_rank, args=(rank, ranks, threads, run, isa, store, theirs)) for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         theirs.close()
         try:
-            samples, reduced = pipe.recv()
+            found: Samples = pipe.recv()
         except EOFError:
             raise RuntimeError("a rank ended before it had measured anything; it said why") from None
         finally:
             for process in processes:
                 process.join()
+    return found
+
+
+def threads_of(run: RunConfig, ranks: int) -> int:
+    """Of one rank: as the run says, or its share of the cores."""
+    return run.threads or max(1, cores() // ranks)
+
+
+def fitted(run: RunConfig, ranks: int, isa: str, found: Samples, images_per_s: float, of: Of = median) -> CpuRank:
+    """A rank with these samples' rates."""
+    samples, reduced = found
+    threads = threads_of(run, ranks)
     title = f"{device_name(torch.device('cpu'))} ({isa or 'torch'}), {threads} thread{'s' * (threads > 1)} a rank"
     reduce = Line.fit(reduced) if reduced else Line(0, 0, 0)
-    return CpuRank(title, Rates.fit(samples), images_per_s, total_bytes() / ranks, reduce)
+    return CpuRank(title, Rates.fit(samples, of), images_per_s, total_bytes() / ranks, reduce)
 
 
 def _rank(rank: int, ranks: int, threads: int, run: RunConfig, isa: str, store: Path, pipe: Connection) -> None:
@@ -76,7 +91,7 @@ def _rank(rank: int, ranks: int, threads: int, run: RunConfig, isa: str, store: 
         distributed.destroy_process_group()
 
 
-def _reduced(dtype: torch.dtype) -> Sequence[Sample]:
+def _reduced(dtype: torch.dtype) -> list[Sample]:
     found = []
     for size in _SIZES:
         x, seconds = torch.zeros(size, dtype=dtype), []

@@ -1,4 +1,4 @@
-"""What a run of `engine.train` on this machine says of its steps in its journal, beside what was predicted of them."""
+"""What a run of `engine.train` on this machine says of its steps in its journal."""
 
 from __future__ import annotations
 
@@ -9,27 +9,17 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
-from bench.plan_check import Checked
-from bench.plan_report import Plan
 from bench.timing import cores
 from engine.journal import METRICS_FILE, read_rows
 from pipelines.errors import BadInput
 
-_ITERATIONS, _WARMING = 10, 3
+_ITERATIONS, _WARMING = 15, 3
 """How many there are, and how many of them do not count."""
 
 
-def compare(config: Path, overrides: Sequence[str], plan: Plan) -> list[Checked]:
-    """Every task's step, waiting for data left out. BadInput where the run ends with an error, with its last words."""
-    ranks = plan.layout.ranks
-    measured = _measured(config, overrides, ranks)
-    name = f"engine.train, {ranks} rank{'s' * (ranks > 1)}"
-    return [Checked(name, step.task, step.computing, measured[step.task]) for step in plan.steps]
-
-
-def _measured(config: Path, overrides: Sequence[str], ranks: int) -> dict[str, float]:
+def measure(config: Path, overrides: Sequence[str], ranks: int) -> dict[str, float]:
+    """Seconds of each task's fastest step, waiting for data left out. BadInput where the run ends with an error."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [
@@ -48,4 +38,4 @@ def _measured(config: Path, overrides: Sequence[str], ranks: int) -> dict[str, f
         for row in read_rows(output / METRICS_FILE):
             if row["iteration"] > _WARMING:
                 seconds[row["task"]].append(row["step_ms"] / 1e3)
-    return {task: median(found) for task, found in seconds.items()}
+    return {task: min(found) for task, found in seconds.items()}

@@ -387,7 +387,8 @@ def test_a_check_fails_beyond_15_percent(predicted: float, code: int, monkeypatc
 
 @pytest.mark.slow
 def test_two_ranks_on_a_cpu() -> None:
-    rank = plan_ranks.measure(tiny(), 2, plan.isa(), 1000.0, lambda line: None)
+    samples = plan_ranks.measure(tiny(), 2, plan.isa(), lambda line: None)
+    rank = plan_ranks.fitted(tiny(), 2, plan.isa(), samples, 1000.0)
     assert isinstance(rank, CpuRank) and rank.reduce.seconds(1, 0, 1e6) > 0
     for of, _ in plan.plans(tiny("tasks=[vqa,nlvr2]"), rank, [2], [0, 1], isa=plan.isa()):
         assert of.provenance == MEASURED
