@@ -9,7 +9,7 @@ have, and how much of it a step gets, each with its source (bench/hardware.yaml)
 this CPU. Nothing here has run on a GPU: those numbers are projections, and say so.
 
 Warnings: a rank does not fit, starves for data, waits for other ranks, or gets no examples.
-Exit codes: 0 done; 1 a check was off by more than 15 %; 2 bad input.
+Exit codes: 0 done; 1 a check was off by more than 15 %, or its steps failed; 2 bad input.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from bench.plan_memory import of_rank
 from bench.plan_model import Model
 from bench.plan_report import Plan
 from bench.timing import conditions
+from bench.worker import WorkerFailed
 from engine.config import RunConfig, load
 from engine.tasks import CONFIGS
 from kernels import native_library
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
