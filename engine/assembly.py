@@ -344,6 +344,7 @@ def build_stepper(
         precision=config.precision,
         clip=config.optimizer.clip,
         world_size=ranks.world_size,
+        device=device.type,
     )
     exact = _rounded(config, model)
     share = config.share_prefixes
