@@ -150,7 +150,7 @@ class Layout:
     data_threads: int = 1
     largest: int = 0
     """Values of the largest parameter: what stage 3 has to gather whole, twice for the one behind it."""
-    bucket: float = 64e6
+    bucket: float = 120e6
     """Bytes of gradients that travel together."""
 
     @property

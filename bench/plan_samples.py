@@ -21,6 +21,7 @@ from engine.model.published import PUBLISHED_HEADS
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
+from engine.slices import units
 from engine.step import forward_backward
 from engine.tasks import load_table
 from kernels import huge_pages
@@ -103,7 +104,7 @@ class Steps:
         for size in sizes:
             model = ViLBERT(size, heads)
             model.initialise(0)
-            optimizer = Optimizer(model.to(dtype), OptimizerSettings(), base_lr=1e-5)
+            optimizer = Optimizer(model.to(dtype), OptimizerSettings(), dict.fromkeys(units(model), 1e-5))
             self._models.append((size, model, optimizer, Model(size, heads, dtype, isa)))
 
     def samples(self, dtype: torch.dtype) -> list[Sample]:

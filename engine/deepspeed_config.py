@@ -101,7 +101,7 @@ def merged(
         },
         "fp16": {**settings.get("fp16", {}), "enabled": precision == "float16"},
         "zero_optimization": {
-            **_zero_defaults(stage, clip, offloads(settings)),
+            **_zero_defaults(stage, clip, offloads(settings), device),
             **settings.get("zero_optimization", {}),
         },
     }
