@@ -11,7 +11,8 @@ so logits need not be stored, and what has their size is made for a chunk of row
 
 - Triton (`masked_rows_triton.py`): a program computes one tile of logits and leaves four numbers a row of it; a second kernel
   puts those together in order. Backward computes the tiles again, writes dz for a chunk of rows, and leaves the rest to two
-  plain products. Where rows are few (`KEPT_LOGITS`) forward keeps the logits, and backward makes dz of them.
+  plain products. Where rows are few (`KEPT_LOGITS`) forward keeps the logits, and backward overwrites them with dz. A second
+  backward makes them again.
 - Native: logits of a chunk of rows are overwritten by their dz, which goes into the gradients at once, in forward: no product
   is done twice. Backward scales them. A second backward through the same graph makes them again.
 
@@ -73,7 +74,7 @@ KEPT_LOGITS = 0.5
 no more logits exist at a time than `_DLOGITS_BYTES`. Shapes alone decide: the device is not waited for.
 
 At 0.5, writing and reading them takes as many bytes as reading the weight once more to make them anew. With fewer rows they
-save bytes and a product. Until backward they take less than half of the weight's memory."""
+save bytes and a product. Until the end of backward they take less than half of the weight's memory."""
 
 _DLOGITS_BYTES = 2**26
 """Most memory that dlogits take in the Triton backward: some 20,000 rows of regions, 1,000 of words."""
@@ -89,20 +90,32 @@ class _Triton(torch.autograd.Function):
         x = MaskedRows(hidden, weight, bias, target, rows)
         keep = recording and any(ctx.needs_input_grad) and x.n_masked < KEPT_LOGITS * hidden.shape[1]
         of_rows, kept = masked_rows_triton.row_results(x, keep)
-        ctx.save_for_backward(*x, *of_rows, *(kept or ()))
+        ctx.save_for_backward(*x, *of_rows)
+        ctx.kept, ctx.keeps = kept, kept is not None
         return of_rows.loss.sum() / max(x.n_masked, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, of_rows, kept = MaskedRows(*saved[:5]), RowResults(*saved[5:9]), Kept(*saved[9:]) if saved[9:] else None
-        gradients = _triton_backward(x, of_rows, kept, dloss)
+        x, of_rows = MaskedRows(*ctx.saved_tensors[:5]), RowResults(*ctx.saved_tensors[5:])
+        kept, ctx.kept = ctx.kept, None
+        if ctx.keeps and kept is None:  # an earlier backward through this graph has overwritten them
+            _, kept = masked_rows_triton.row_results(x, keep=True)
+        gradients = _computed_again(x, of_rows, dloss) if kept is None else _from_kept(x, of_rows, kept, dloss)
+        del kept  # its memory is free when the gradient of all rows is made
         found = gradients.finished(x, ctx.needs_input_grad, scattered=masked_rows_triton.scattered)
         return (*found, None, None, None)
 
 
-def _triton_backward(x: MaskedRows, of_rows: RowResults, kept: Kept | None, dloss: Tensor) -> _Gradients:
+def _from_kept(x: MaskedRows, of_rows: RowResults, kept: Kept, dloss: Tensor) -> _Gradients:
+    m = x.n_masked
+    gradients = _Gradients(x, m)
+    dlogits = masked_rows_triton.kept_gradients(x.target, of_rows, kept, dloss, 1 / m, gradients.bias)
+    gradients.add_products(slice(0, m), kept.hidden, dlogits, x.weight)
+    return gradients
+
+
+def _computed_again(x: MaskedRows, of_rows: RowResults, dloss: Tensor) -> _Gradients:
     m, classes = x.n_masked, len(x.weight)
     stride = masked_rows_triton.stride_of(classes)
     step = masked_rows_triton.TILES[x.hidden.dtype].rows
@@ -110,10 +123,10 @@ def _triton_backward(x: MaskedRows, of_rows: RowResults, kept: Kept | None, dlos
     memory = x.hidden.new_empty((min(size, m), stride))
     gradients = _Gradients(x, size)
     for chunk in _chunks(m, size):
-        part, part_kept = x.part(chunk), None if kept is None else kept.part(chunk)
+        part = x.part(chunk)
         dlogits = memory[: part.n_masked, :classes]
-        masked_rows_triton.logit_gradients(part, of_rows.part(chunk), part_kept, dloss, 1 / m, dlogits, gradients.bias)
-        gradients.add_products(chunk, part.gathered() if part_kept is None else part_kept.hidden, dlogits, x.weight)
+        masked_rows_triton.logit_gradients(part, of_rows.part(chunk), dloss, 1 / m, dlogits, gradients.bias)
+        gradients.add_products(chunk, part.gathered(), dlogits, x.weight)
     return gradients
 
 

@@ -169,15 +169,15 @@ def _gradient_tiles(
     tl.store(dbias + tl.program_id(0) * classes + column, tl.sum(dz, 0), column < classes)
 
 
-@triton.jit(do_not_specialize=["tops_stride", "scale", "n_rows", "classes"])
+@triton.jit(do_not_specialize=["scale", "n_rows", "classes"])
 def _kept_gradients(
-    logits, tops, target, largest, log_total, mass, dloss, scale, dlogits, dbias, n_rows, classes, stride, tops_stride,
+    logits, tops, target, largest, log_total, mass, dloss, scale, dbias, n_rows, classes, stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dlogits as `_gradient_tiles`, from what `_reduce_tiles` has kept: logits [n_rows, stride], tops [class tiles,
-    tops_stride], tiles of TILE classes. Column sums are added to dbias float32 [classes]: a program has all rows."""
+    """logits [n_rows, stride] as `_reduce_tiles` has kept them, with tops [class tiles, n_rows] of tiles of TILE classes,
+    become dlogits as `_gradient_tiles` makes them. dbias float32 [classes]: column sums; a program has all rows."""
     column = tl.program_id(0) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    tops += (tl.program_id(0) * BLOCK_CLASSES // TILE).to(tl.int64) * tops_stride
+    tops += (tl.program_id(0) * BLOCK_CLASSES // TILE).to(tl.int64) * n_rows
     factor = tl.load(dloss) * scale
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
     for start in range(0, n_rows, BLOCK_ROWS):
@@ -192,10 +192,9 @@ def _kept_gradients(
         row_mass = tl.load(mass + row, inside, 0.0)
         dz = (row_mass[:, None] * tl.exp(z + below[:, None]) - t) * factor
         dz = tl.where(inside[:, None] & (column < classes)[None, :], dz, 0.0)
-        tl.store(dlogits + at, dz.to(dlogits.dtype.element_ty), stored)
+        tl.store(logits + at, dz.to(logits.dtype.element_ty), stored)
         sums += dz
-    inside = column < classes
-    tl.store(dbias + column, tl.load(dbias + column, inside, 0.0) + tl.sum(sums, 0), inside)
+    tl.store(dbias + column, tl.sum(sums, 0), column < classes)
 
 
 @triton.jit(do_not_specialize=["n_source", "n_rows"])
@@ -257,10 +256,6 @@ class Kept(NamedTuple):
     tops: Tensor
     hidden: Tensor
 
-    def part(self, chunk: slice) -> Kept:
-        """The same for some of the masked rows; views only."""
-        return Kept(self.logits[chunk], self.tops[:, chunk], self.hidden[chunk])
-
 
 class RowResults(NamedTuple):
     """Of each masked row, float32 [m]."""
@@ -298,25 +293,26 @@ def row_results(x: MaskedRows, keep: bool) -> tuple[RowResults, Kept | None]:
     return results, Kept(logits, partials[0], x.hidden if gathered is None else gathered)
 
 
+def kept_gradients(
+    target: Tensor, of_rows: RowResults, kept: Kept, dloss: Tensor, scale: float, dbias: Tensor
+) -> Tensor:
+    """dlogits [m, classes], times dloss * scale, rows a stride apart: the kept logits are overwritten. Their column sums go to
+    dbias float32 [classes]."""
+    m, stride = kept.logits.shape
+    _kept_gradients[(triton.cdiv(stride, _KEPT_BLOCKS["BLOCK_CLASSES"]),)](
+        kept.logits, kept.tops, target, *of_rows[1:], dloss, scale, dbias, m, len(dbias), stride,
+        **_KEPT_BLOCKS, TILE=TILES[kept.logits.dtype].classes, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return kept.logits[:, : len(dbias)]
+
+
 def logit_gradients(
-    x: MaskedRows,
-    of_rows: RowResults,
-    kept: Kept | None,
-    dloss: Tensor,
-    scale: float,
-    dlogits: Tensor,
-    dbias: Tensor,
+    x: MaskedRows, of_rows: RowResults, dloss: Tensor, scale: float, dlogits: Tensor, dbias: Tensor
 ) -> None:
     """Writes dlogits [m, classes], times dloss * scale, rows a stride apart, and adds their column sums to dbias float32
     [classes]."""
     m, (classes, width), blocks = x.n_masked, x.weight.shape, TILES[x.hidden.dtype]
     stride = dlogits.stride(0)
-    if kept is not None:
-        _kept_gradients[(triton.cdiv(stride, _KEPT_BLOCKS["BLOCK_CLASSES"]),)](
-            kept.logits, kept.tops, x.target, *of_rows[1:], dloss, scale, dlogits, dbias, m, classes, stride,
-            kept.tops.stride(0), **_KEPT_BLOCKS, TILE=blocks.classes, num_warps=4, num_stages=2,
-        )  # fmt: skip
-        return
     grid = (triton.cdiv(m, blocks.rows), triton.cdiv(classes, blocks.classes))
     sums = dbias.new_empty((grid[0], classes))
     _gradient_tiles[grid](
@@ -388,11 +384,9 @@ def _from_kept(op: str, dtype: torch.dtype, target: str) -> Variant:
         "target": target,
         **dict.fromkeys((*RowResults._fields[1:], "dloss"), "*fp32"),
         "scale": "fp32",
-        "dlogits": own,
         "dbias": "*fp32",
         **dict.fromkeys(("n_rows", "classes"), "i32"),
         "stride": "i32:16",
-        "tops_stride": "i32",
     }
     blocks = {**_KEPT_BLOCKS, "TILE": TILES[dtype].classes}
     return _without_product(

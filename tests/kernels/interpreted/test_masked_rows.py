@@ -97,10 +97,10 @@ def test_all_logits_large(
 
 
 @BOTH
-def test_kept_in_chunks(
+def test_kept_rows_of_several_blocks(
     monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> None:
-    """Three chunks of dlogits in float32, two in bfloat16, the last ones smaller."""
+    """Three blocks of rows, the last one smaller, in one part however little memory dlogits may take."""
     monkeypatch.setattr(masked_rows, "KEPT_LOGITS", ALWAYS)
     monkeypatch.setattr(masked_rows, "_DLOGITS_BYTES", 1)
     target = target_of(loss, 2 * 150, 70)
