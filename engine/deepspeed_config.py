@@ -84,14 +84,17 @@ def merged(
             raise BadInput(
                 f"deepspeed: {path}", f"{json.dumps(theirs)}, but {why}", "let both say the same, or the run alone"
             )
-    result = {key: value for key, value in settings.items() if value != AUTO}
-    # At stage 0 there is nothing to shard: our optimizer keeps its own float32 masters, and DeepSpeed need not know.
+    # At stage 0 there is nothing to shard: our optimizer keeps its own float32 masters and clips, and DeepSpeed need not know.
     wraps = stage > 0
+    if precision == "float16" and not wraps:
+        raise BadInput("deepspeed: zero_optimization.stage", "0, where nobody scales the loss that float16 needs scaled",
+                       "stage 1, or precision: bfloat16")  # fmt: skip
+    result = {key: value for key, value in settings.items() if value != AUTO}
     result |= {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
+        "gradient_clipping": clip if wraps else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {

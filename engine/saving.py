@@ -230,10 +230,17 @@ class Saver:
 
 
 def best_by_task(found: list[Path]) -> dict[str, Path]:
-    """Of these checkpoints, newest first, the one that holds each task's best validation score; of equal ones the oldest."""
+    """Of these checkpoints, newest first, the one that holds each task's best validation score; of equal ones the oldest.
+
+    One that has been damaged holds none.
+    """
     best: dict[str, tuple[float, Path]] = {}
     for path in found:
-        for task, score in Cursor.from_json((path / CURSOR).read_text()).scores.items():
+        try:
+            scores = Cursor.from_json((path / CURSOR).read_text()).scores
+        except (OSError, ValueError):
+            continue
+        for task, score in scores.items():
             if task not in best or score >= best[task][0]:
                 best[task] = score, path
     return {task: path for task, (_, path) in best.items()}

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from engine.sharded_adamw import ShardedAdamW
 from engine.slices import Kept, Piece, contiguous_share, named_parameters, share_of_each
 from engine.step import StepResult, addends, summed
 from pipelines.batch import Batch
+from pipelines.errors import BadInput
 
 
 class _Whole(nn.Module):
@@ -75,7 +77,7 @@ class Sharded:
         self._stage = stage_of(config)
         whole = _Whole(model)
         if self._stage == 0:
-            self._plain: Optimizer | None = Optimizer(model, replace(settings, clip=0.0), rates)  # DeepSpeed clips
+            self._plain: Optimizer | None = Optimizer(model, settings, rates)
             self._plain.take_masters(exact)
             stepped: _Adapter | ShardedAdamW = _Adapter(self._plain)
         else:
@@ -213,7 +215,13 @@ class _Adapter(torch.optim.Optimizer):
 
 def _deepspeed(device: torch.device) -> Any:
     """The package, with what it would do on import or start put right."""
+    if find_spec("deepspeed") is None:
+        raise BadInput(
+            "backend: deepspeed", "DeepSpeed is not installed", "make setup-gpu, or one process and backend: plain"
+        )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # It calls collectives by names that torch is about to drop, and torch says so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     from deepspeed.utils import logger
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from engine import trajectory
 from engine.golden import (
     GoldenTask,
     load_tasks,
@@ -35,11 +36,7 @@ from engine.model.heads import HeadSpec
 from engine.model.published import load_published, read_state
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
-from engine.optimizer import Optimizer, OptimizerSettings
-from engine.slices import units
-from engine.step import train_step
 from engine.stopgo import Controller, Decision, PaperController, ReferenceController, restore
-from pipelines.batch import Batch
 from pipelines.errors import BadInput
 
 ABSOLUTE, RELATIVE = 2e-5, 1e-4
@@ -125,7 +122,7 @@ def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
         if (golden / "shared_pairs.safetensors").exists():
             yield _sharing_row(model, golden / "shared_pairs.safetensors", tasks)
         if (golden / "trajectory.safetensors").exists():
-            yield _trajectory_row(build(config, tasks, state, golden), golden, meta, tasks)
+            yield from _trajectory_rows(lambda: build(config, tasks, state, golden), golden, meta, tasks)
         for name, kind in (("controller.json", ReferenceController), ("controller_paper.json", PaperController)):
             if (golden / name).exists():
                 yield _controller_row(golden / name, kind)
@@ -219,28 +216,22 @@ def _sharing_row(model: ViLBERT, path: Path, tasks: list[GoldenTask]) -> Row:
     return row
 
 
-def _trajectory_row(model: ViLBERT, golden: Path, meta: dict[str, Any], tasks: list[GoldenTask]) -> Row:
-    """The update rule through the loop's own step: losses along the way, norms of the weights afterwards."""
-    row = Row("trajectory")
-    expected, rule = load_tensors(golden / "trajectory.safetensors"), meta["trajectory"]
-    settings = OptimizerSettings(betas=tuple(rule["betas"]), eps=rule["eps"], weight_decay=rule["weight_decay"])
-    optimizer = Optimizer(model, settings, dict.fromkeys(units(model), rule["lr"]))
-    by_name = {task.name: task for task in tasks}
-    batches: dict[str, Batch] = {name: task_batch(by_name[name]) for name in set(rule["order"])}
-    losses = []
-    for name in rule["order"]:
-        result = train_step(
-            model, optimizer, batches[name], by_name[name].head, loss_scale=rule["loss_scale"][name], lr_multiplier=1.0,
-            random=Randomness(),
-        )  # fmt: skip
-        losses.append(result.loss)
-    row.compare("loss", "losses", torch.stack(losses), expected["losses"], 0.0, TRAJECTORY)
-    after = dict(model.published())
-    for key, theirs in expected.items():
-        name = key.removeprefix("norm/")
-        if key.startswith("norm/") and name in after:
-            row.compare("norm", key, after[name].double().norm(), theirs, ABSOLUTE, RELATIVE)
-    return row
+def _trajectory_rows(
+    fresh: Callable[[], ViLBERT], golden: Path, meta: dict[str, Any], tasks: list[GoldenTask]
+) -> Iterator[Row]:
+    """The update rule through the loop's own step, plainly and under DeepSpeed in one process."""
+    expected = load_tensors(golden / "trajectory.safetensors")
+    batches = {task.name: task_batch(task) for task in tasks}
+    for stage in trajectory.stages():
+        row = Row("trajectory" if stage is None else f"trajectory, ZeRO-{stage}")
+        model = fresh()
+        stepper = trajectory.stepper(model, meta["trajectory"], stage)
+        losses, norms = trajectory.run(model, stepper, meta["trajectory"], batches, tasks)
+        row.compare("loss", "losses", losses, expected["losses"], 0.0, TRAJECTORY)
+        for key, theirs in expected.items():
+            if key.startswith("norm/") and key in norms:
+                row.compare("norm", key, norms[key], theirs, ABSOLUTE, RELATIVE)
+        yield row
 
 
 def _controller_row(path: Path, kind: type[ReferenceController | PaperController]) -> Row:
