@@ -98,7 +98,9 @@ class Reporter(Listener):
 
     def not_finite(self, iteration: int, task: str, rank: int) -> None:
         """See `Listener`."""
-        self.console.message(f"iteration {iteration}: the loss of {task} was not finite on rank {rank}; no rank stepped")
+        self.console.message(
+            f"iteration {iteration}: the loss of {task} was not finite on rank {rank}; no rank stepped"
+        )
 
     def finish(self, folder: Path, cursor: Cursor, found: Mapping[str, tuple[float, float]]) -> None:
         """The result table (last score, best, majority answer, the same weights with the image taken away), figures.

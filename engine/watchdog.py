@@ -42,7 +42,11 @@ class Watchdog:
             threading.Thread(target=target, name=name, daemon=True)
             for target, name in ((self._watch, "watchdog"), (self._exchange_signs, "signs of life"))
         ]
-        self._asking, self._asked, self._answers = threading.Lock(), threading.Event(), queue.SimpleQueue[Signs | None]()
+        self._asking, self._asked, self._answers = (
+            threading.Lock(),
+            threading.Event(),
+            queue.SimpleQueue[Signs | None](),
+        )
         self._store = None
         if ranks.store is not None:
             self._store = ranks.store.clone()  # type: ignore[attr-defined]
