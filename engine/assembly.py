@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,8 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     table, rows = load_tasks(config)
     ranks = ranks or Ranks()
     sharded = _is_sharded(config, ranks)
+    if sharded:
+        _deepspeed_settings(config, ranks)  # what contradicts the run is said before anything is read
     device = device_of(config, ranks)
     if config.cuda_graphs:
         refuse_without_gpu(device)
@@ -339,16 +342,21 @@ def build_stepper(
         return Plain(model, build_optimizer(config, rows, model), device, config.share_prefixes, graphs)
     from engine.sharded import Sharded  # DeepSpeed takes seconds to import
 
-    settings = deepspeed_config.merged(
-        config.deepspeed or deepspeed_config.read("zero1"),
+    settings = _deepspeed_settings(config, ranks)
+    exact = _rounded(config, model)
+    share = config.share_prefixes
+    return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share)
+
+
+def _deepspeed_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """What DeepSpeed is given. Raises BadInput where its JSON and the run say different things."""
+    return deepspeed_config.merged(
+        config.deepspeed if config.deepspeed is not None else deepspeed_config.read("zero1"),
         precision=config.precision,
         clip=config.optimizer.clip,
         world_size=ranks.world_size,
         device=device.type,
     )
-    exact = _rounded(config, model)
-    share = config.share_prefixes
-    return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share)
 
 
 def build_optimizer(config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT) -> Optimizer:

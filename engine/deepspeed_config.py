@@ -67,12 +67,16 @@ def merged(
     `precision` and `clip`: the run's. The three batch keys that DeepSpeed insists on are those of one sample a rank, for our
     batches differ from task to task.
     """
+    settings = _without_auto(settings)
     for key, who in _OURS.items():
-        if settings.get(key, AUTO) != AUTO:
+        if key in settings:
             raise BadInput(f"deepspeed: {key}", f"{json.dumps(settings[key])}, but {who}", "leave it out of the JSON")
-    stage = stage_of(settings)
-    if stage not in range(4):
-        raise BadInput("deepspeed: zero_optimization.stage", f"{stage}, ZeRO has stages 0 to 3")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(settings.get(key, {}), Mapping):
+            raise BadInput(f"deepspeed: {key}", f"{json.dumps(settings[key])}, but an object is wanted here")
+    stage = _at(settings, "zero_optimization.stage") or 0
+    if type(stage) is not int or stage not in range(4):
+        raise BadInput("deepspeed: zero_optimization.stage", f"{json.dumps(stage)}, ZeRO has stages 0 to 3")
     wanted: dict[str, tuple[Any, str]] = {
         "gradient_clipping": (clip, f"optimizer.clip of the run is {clip}"),
         "bf16.enabled": (precision == "bfloat16", f"precision of the run is {precision}"),
@@ -80,7 +84,7 @@ def merged(
     }
     for path, (ours, why) in wanted.items():
         theirs = _at(settings, path)
-        if theirs not in (None, AUTO) and theirs != ours:
+        if theirs is not None and theirs != ours:
             raise BadInput(
                 f"deepspeed: {path}", f"{json.dumps(theirs)}, but {why}", "let both say the same, or the run alone"
             )
@@ -89,7 +93,7 @@ def merged(
     if precision == "float16" and not wraps:
         raise BadInput("deepspeed: zero_optimization.stage", "0, where nobody scales the loss that float16 needs scaled",
                        "stage 1, or precision: bfloat16")  # fmt: skip
-    result = {key: value for key, value in settings.items() if value != AUTO}
+    result = dict(settings)
     result |= {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -128,6 +132,15 @@ def _zero_defaults(stage: int, clip: float, offload: bool, device: str) -> dict[
             0  # the model is one leaf: small parameters come with the large
         )
     return defaults
+
+
+def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say something."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if value != AUTO
+    }
 
 
 def _at(settings: Mapping[str, Any], path: str) -> Any:

@@ -7,6 +7,7 @@ host integers, sums of losses and names, through a gloo group of its own that no
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,11 +99,12 @@ def join(timeout_s: float, device: str) -> Ranks:
 
 
 def join_alone() -> None:
-    """A process group of one, for libraries that want one."""
+    """A process group of one, for libraries that want one. They keep it, so it stays until the process ends."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(_end)
 
 
 def joined() -> bool:
@@ -112,6 +114,11 @@ def joined() -> bool:
 
 def leave() -> None:
     """Part from the others, in order."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
+def _end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

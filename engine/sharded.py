@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engine.deepspeed_config import stage_of
@@ -88,9 +89,12 @@ class Sharded:
             stepped = self._adamw = ShardedAdamW(
                 [named.parameter for named in self._named], settings, self._rates, self._sum
             )
-        self._engine, *_ = deepspeed.initialize(
-            model=whole, optimizer=stepped, config=dict(config), dist_init_required=False
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=whole, optimizer=stepped, config=dict(config), dist_init_required=False
+            )
+        except ValidationError as error:
+            raise BadInput(f"deepspeed: {error.title}", _first(error), "see DeepSpeed's list of keys") from None
         self._stepped = stepped
         if self._stage > 0:
             self._settle(masters)
@@ -211,6 +215,12 @@ class _Adapter(torch.optim.Optimizer):
         """See `Optimizer.step`; what is not finite is in the gradients."""
         nothing = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         self.grad_norm, self.skipped = self._optimizer.step(self._head, self._multiplier, nothing)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that DeepSpeed finds wrong in its configuration."""
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def _deepspeed(device: torch.device) -> Any:

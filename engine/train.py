@@ -38,7 +38,7 @@ EXIT_BAD_INPUT, EXIT_SAVED, EXIT_INTERRUPTED = 2, 75, 130
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         check_imports()
         if arguments.keys:
