@@ -255,9 +255,11 @@ def _tell_of_loss(error: RuntimeError, cursor: Cursor, ranks: Ranks, watchdog: W
     """A collective failed, most likely because a rank is gone: say where, and who."""
     task = next(iter([*cursor.remaining, *cursor.due]), "none")
     where = f"rank {ranks.rank}: lost contact in iteration {cursor.iteration}, task {task}"
-    print(f"error: {where} ({str(error).splitlines()[0][:160]})", file=sys.stderr, flush=True)
-    print(f"error: rank {ranks.rank}: {watchdog.lost()}", file=sys.stderr, flush=True)
-    os._exit(EXIT_LOST)  # threads of collectives that never end would keep the process
+    try:
+        print(f"error: {where} ({str(error).splitlines()[0][:160]})", file=sys.stderr, flush=True)
+        print(f"error: rank {ranks.rank}: {watchdog.lost()}", file=sys.stderr, flush=True)
+    finally:  # also where nobody listens any more
+        os._exit(EXIT_LOST)  # threads of collectives that never end would keep the process
 
 
 def _final_scores(

@@ -91,13 +91,18 @@ class Watchdog:
         while not self._done.wait(BEAT_S):
             idle = time.monotonic() - self._at
             if idle > self._limit:
-                where, rank = self._where, self._ranks.rank
-                print(
-                    f"error: rank {rank}: no step for {idle:.0f} s in {where}: {self.lost()}; giving up "
-                    "(ranks.timeout_s); continue from the last checkpoint with --resume",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-                os._exit(EXIT_LOST)  # the main thread waits in a collective that cannot be interrupted
+                self._give_up(idle)
+
+    def _give_up(self, idle: float) -> None:
+        where, rank = self._where, self._ranks.rank
+        try:
+            print(
+                f"error: rank {rank}: no step for {idle:.0f} s in {where}: {self.lost()}; giving up "
+                "(ranks.timeout_s); continue from the last checkpoint with --resume",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        finally:  # also where nobody listens any more
+            os._exit(EXIT_LOST)  # the main thread waits in a collective that cannot be interrupted
 
     def _exchange_signs(self) -> None:
         """Leave one every second; read those of all when asked to."""

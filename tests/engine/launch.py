@@ -136,7 +136,7 @@ def started(
     module: str = "tests.engine.rank",
     environment: dict[str, str] | None = None,
 ) -> Iterator[Run]:
-    """A run of `ranks` ranks in `folder`, with these arguments of `engine.train`. Whatever is left of it at the end is killed."""
+    """A run of `ranks` ranks in `folder`, with these arguments of `engine.train`. What is left of it at the end is killed."""
     told = folder.with_name(f"{folder.name}-told-{time.monotonic_ns()}")
     told.mkdir()
     given = {
