@@ -1,4 +1,4 @@
-"""`Sharded`: the model and its update rule under DeepSpeed. The only file that imports it.
+"""`Sharded`: the model and its update rule under DeepSpeed. The only file of a run that imports it.
 
 **All parameters are one group.** DeepSpeed flattens a group's parameters in a row, gives each rank a partition of the row,
 and reduces and gathers a whole row at a time. θs ∪ θt is kept by slices of the row (`engine.sharded_adamw`): one bucket of
