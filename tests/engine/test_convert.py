@@ -6,9 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -27,9 +24,10 @@ from engine.model.config import ModelConfig
 from engine.model.published import PUBLISHED_HEADS, TIED, WORDS, export_published, load_published, read_state
 from engine.model.vilbert import ViLBERT
 from pipelines.errors import BadInput
+from tests.engine import two_ranks
 from tests.engine.small_run import MODEL, configure
 from tests.engine.zero_folders import RATE
-from tests.reference import ROOT, reference
+from tests.reference import reference
 
 CASES = ("0:float32", "1:float32", "2:bfloat16", "3:bfloat16")
 
@@ -37,7 +35,7 @@ CASES = ("0:float32", "1:float32", "2:bfloat16", "3:bfloat16")
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model in the published layout; bfloat16 holds its values."""
-    model = ViLBERT(ModelConfig(**MODEL), PUBLISHED_HEADS, pretraining=True)  # type: ignore[arg-type]
+    model = ViLBERT(ModelConfig(**MODEL), PUBLISHED_HEADS, pretraining=True)
     model.initialise(0)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_file({key: value.bfloat16().float() for key, value in export_published(model).items()}, path)
@@ -47,20 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folders(small: Path) -> Path:
     """ZeRO folders of two ranks, one per case."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0", "-m", "tests.engine.zero_folders", str(small), str(small.parent), *CASES,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        told = process.communicate(timeout=180)[0]
-        assert process.returncode == 0, told.decode()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    two_ranks.run("tests.engine.zero_folders", small, small.parent, *CASES)
     return small.parent
 
 
@@ -124,7 +109,7 @@ def test_a_zero_folder_gives_its_float32_weights(folders: Path, small: Path, tmp
         )
     found = load_file(target)
     assert same(found, expected)
-    load_published(ViLBERT(ModelConfig(**MODEL), PUBLISHED_HEADS, pretraining=True), found, target)  # type: ignore[arg-type]
+    load_published(ViLBERT(ModelConfig(**MODEL), PUBLISHED_HEADS, pretraining=True), found, target)
     convert(next((folders / case).glob("global_step*")), target, verify=True)  # the step's own folder, compared
 
 
@@ -152,9 +137,13 @@ def _replaced(file: Path, content: bytes, name: str = "data.pkl") -> None:
 HOSTILE: dict[str, Callable[[Path, bytes], None]] = {
     "pickle": lambda file, evil: _replaced(file, evil),
     "second pickle": lambda file, evil: _replaced(file, evil, "constants.pkl"),
-    "bare pickle": lambda file, evil: file.write_bytes(evil) and None,
+    "bare pickle": lambda file, evil: _bare(file, evil),
     "another file of the folder": lambda file, evil: _evil_beside(file, evil),
 }
+
+
+def _bare(file: Path, evil: bytes) -> None:
+    file.write_bytes(evil)
 
 
 def _evil_beside(file: Path, evil: bytes) -> None:
