@@ -92,7 +92,7 @@ class _Through(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         return dx, None, *(torch.zeros(shape, dtype=ctx.dtype) for shape in ctx.shapes)
 
 
@@ -106,7 +106,7 @@ class _Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The scalar, unchanged."""
-        return _Through.apply(x, self._shapes, *self._own)  # type: ignore[no-any-return]
+        return _Through.apply(x, self._shapes, *self._own)
 
 
 class Standing(nn.Module):

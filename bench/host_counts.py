@@ -104,7 +104,7 @@ class HostCounts(TorchDispatchMode):
                 found[seen.entry].append(seen)
         return found
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name.startswith("c10d::"):
             sizes = [sum(t.nbytes for t in tree_iter(arg) if isinstance(t, Tensor)) for arg in args]

@@ -7,6 +7,7 @@ with all that a pickle can do. So every pickle is gone through first, against a 
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import pickle
@@ -70,6 +71,8 @@ def read_zero_folder(
     `say` is told where values are not the exact ones.
     """
     step = _step(path)
+    if glob.escape(str(step)) != str(step):
+        raise BadInput(step, "DeepSpeed takes [, * and ? in a path for patterns", "rename the folder")
     files = sorted(step.glob("*.pt"))
     if not any(step.glob(_MODEL)):
         raise BadInput(step, f"no {_MODEL} in it", "give a folder that engine.save_checkpoint wrote")

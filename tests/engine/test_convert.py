@@ -197,6 +197,13 @@ def test_a_step_that_is_elsewhere_is_refused(folders: Path, tmp_path: Path, tag:
         convert(copy, tmp_path / "out.bin")
 
 
+def test_a_path_that_deepspeed_would_take_for_a_pattern_is_refused(folders: Path, tmp_path: Path) -> None:
+    for name in ("copy1", "copy[1]"):  # of the second DeepSpeed would find the files of the first
+        shutil.copytree(folders / "1:float32", tmp_path / name)
+    with pytest.raises(BadInput, match="rename"):
+        convert(tmp_path / "copy[1]", tmp_path / "out.bin")
+
+
 def test_a_cut_or_missing_file_of_a_folder_is_refused(folders: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folders / "1:float32", copy)
