@@ -62,7 +62,7 @@ class Memcpy:
         target = self._arena.take(sum(sizes))
         place = target.data_ptr()
         for row, size in zip(rows, sizes, strict=True):
-            ctypes.memmove(place, int(self._store.feature_addresses[row]), size)
+            ctypes.memmove(place, int(self._store.records.features[row]), size)
             place += size
         return target
 

@@ -123,7 +123,7 @@ class _Operands(TorchDispatchMode):
         name = func.name().removeprefix("aten::").partition(".")[0]
         if self.paused or func.is_view or name in _NOTHING_MOVES:
             return result
-        moved = _moved(name, func, args, kwargs, result)
+        moved = moved_bytes(name, func, args, kwargs, result)
         self.traffic.launches += 1
         self.traffic.issued += moved
         self.traffic.distinct += moved
@@ -131,7 +131,7 @@ class _Operands(TorchDispatchMode):
         return result
 
 
-def _moved(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+def moved_bytes(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Each operand read once, each result written once; an operand that is written is not read, but by in-place arithmetic."""
     names = [argument.name for argument in func._schema.arguments]
     written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}

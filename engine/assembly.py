@@ -355,6 +355,7 @@ def _deepspeed_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         precision=config.precision,
         clip=config.optimizer.clip,
         world_size=ranks.world_size,
+        device=device.type,
     )
 
 

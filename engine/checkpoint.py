@@ -9,7 +9,8 @@ A checkpoint is a folder `iteration-<n>` (`iteration-<n>-<k>` where a stop and a
 
 The folder is filled under another name and renamed (`engine.saving`), so a killed save leaves nothing that looks like a
 checkpoint. The pieces are of float32 tensors whose places do not depend on the number of ranks, nor on who sharded them: a run
-continues on more ranks, on fewer, at another ZeRO stage, or without DeepSpeed.
+continues on more ranks, on fewer, at another ZeRO stage, or without DeepSpeed. `engine.convert` makes checkpoints of no ranks:
+weights alone, to begin from.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def load(path: Path, model: ViLBERT, stepper: Stepper) -> Cursor:
     """Put a verified checkpoint into model and optimizer, bit for bit, whatever made it. BadInput for one of another run."""
     try:
         state = Pieces([path / name for name in _manifest(path) if name.startswith("optimizer-")])
+        if not state.keys():
+            raise BadInput(path, "holds weights alone", "begin a run with it: initial_weights")
         ours, theirs = (sorted({key.partition("/")[0] for key in keys}) for keys in (units(model), state.keys()))
         if ours != theirs:
             raise ValueError(f"it has the heads {', '.join(theirs)}, the run {', '.join(ours)}")

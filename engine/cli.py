@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
+    "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
     "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
     "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),

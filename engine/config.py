@@ -368,7 +368,7 @@ def _check_names(config: RunConfig, table: Table, sources: Sources) -> None:
 
 
 def _check_fit(config: RunConfig, rows: tuple[TaskRow, ...], sources: Sources) -> None:
-    """The model has room for the tasks, and the curriculum has tasks to begin with."""
+    """The model has room for the tasks, what is set is read by one of them, and the curriculum has tasks to begin with."""
     model, where = config.model, sources.origin(("model",))
     for row in rows:
         if config.task_tokens != "none" and row.token and row.number >= model.task_rows:
@@ -378,6 +378,14 @@ def _check_fit(config: RunConfig, rows: tuple[TaskRow, ...], sources: Sources) -
             what = f"{model.max_position_embeddings} positions are fewer than max_tokens {row.max_tokens} of {row.name}"
             mend = f"raise it, or lower task_overrides.{row.name}.max_tokens"
             raise BadInput(f"{where}: model.max_position_embeddings", what, mend)
+    set_to = config.masking.model_dump(exclude_defaults=True)
+    if set_to and all(row.loss != "masked" for row in rows):
+        key = next(iter(set_to))
+        raise BadInput(
+            f"{sources.origin(('masking', key))}: masking.{key}",
+            "no task of this run hides words or regions: nobody would read it",
+            "leave it out, or pretrain: configs/runs/pretrain.yaml",
+        )
     curriculum = config.curriculum
     if curriculum.kind != "none" and len(phases(rows, curriculum.kind, curriculum.groups)) == 1:
         groups = ", ".join(sorted({row.group for row in rows}))

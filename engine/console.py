@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
@@ -56,6 +58,15 @@ class ResultRow:
     """Score without image features."""
 
 
+class _Lasting(RichConsole):
+    """When nobody listens any more (the ssh of a launcher is gone, a pipe's reader ended) a run goes on, and is silent."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere, suppress(OSError):
+            os.dup2(nowhere.fileno(), self.file.fileno())  # what is still buffered goes there at the end
+
+
 class Console:
     """`start`, then `update` and `message` as often as wanted, then `finish`; `close` where the run ends early.
 
@@ -68,7 +79,7 @@ class Console:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rich = RichConsole(
+        self._rich = _Lasting(
             file=stream, quiet=mode == "quiet", highlight=False, force_terminal=mode == "table" or None
         )
         if not self._rich.is_terminal:

@@ -59,7 +59,9 @@ def offloads(settings: Mapping[str, Any]) -> bool:
     return str(device) != "none"
 
 
-def merged(settings: Mapping[str, Any], *, precision: str, clip: float, world_size: int) -> dict[str, Any]:
+def merged(
+    settings: Mapping[str, Any], *, precision: str, clip: float, world_size: int, device: str = "cpu"
+) -> dict[str, Any]:
     """What DeepSpeed is given: the user's JSON and the run's own values. Raises BadInput for a contradiction.
 
     `precision` and `clip`: the run's. The three batch keys that DeepSpeed insists on are those of one sample a rank, for our
@@ -106,7 +108,7 @@ def merged(settings: Mapping[str, Any], *, precision: str, clip: float, world_si
         },
         "fp16": {**settings.get("fp16", {}), "enabled": precision == "float16"},
         "zero_optimization": {
-            **_zero_defaults(stage, clip, offloads(settings)),
+            **_zero_defaults(stage, clip, offloads(settings), device),
             **settings.get("zero_optimization", {}),
         },
     }
@@ -114,9 +116,15 @@ def merged(settings: Mapping[str, Any], *, precision: str, clip: float, world_si
     return result
 
 
-def _zero_defaults(stage: int, clip: float, offload: bool) -> dict[str, Any]:
-    """What we would write where a JSON is silent: one bucket for all gradients, and no norm that the host waits for."""
-    defaults: dict[str, Any] = {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 500_000_000}
+def _zero_defaults(stage: int, clip: float, offload: bool, device: str) -> dict[str, Any]:
+    """What we would write where a JSON is silent: on GPUs four or five buckets, reduced while backward goes on; on a CPU, which
+    could not do both at once, one for all gradients; and no norm that the host waits for."""
+    overlaps = device == "cuda"
+    defaults: dict[str, Any] = {
+        "contiguous_gradients": True,
+        "overlap_comm": overlaps,
+        "reduce_bucket_size": 60_000_000 if overlaps else 500_000_000,
+    }
     if stage in (1, 2) and not clip and not offload:
         defaults["compute_grad_norm"] = False  # ours stays on the device
     if stage == 3:

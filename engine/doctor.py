@@ -21,7 +21,6 @@ from pipelines.errors import BadInput
 
 _OPTIONAL = {
     "apex": "its LayerNorm and Adam by name (kernels: {adamw: apex}), peers of bench.kernels; from source",
-    "deepspeed": "the launcher, ZeRO, its Adam by name (kernels: {adamw: deepspeed}): make setup-gpu",
     "flash_attn": "a peer of bench.kernels on GPUs",
     "liger_kernel": "a peer of bench.kernels on GPUs",
     "nvidia-dali-cuda130": "data_path=dali, decoding of images: make setup-dali",
@@ -67,6 +66,7 @@ def _machine(device: torch.device) -> Table:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton") or "not installed",
+        "deepspeed": _version("deepspeed") or "not installed (runs over several ranks; make setup)",
     }
     for name, purpose in _OPTIONAL.items():
         rows[name] = _version(name) or f"not installed ({purpose})"

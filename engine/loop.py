@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ class Listener:
     def saved(self, saved: Saved) -> None:
         """A checkpoint is in place, or could not be saved."""
 
-    def not_finite(self, iteration: int, rank: int) -> None:
-        """In the step before this boundary a rank's loss was not finite."""
+    def not_finite(self, iteration: int, task: str, rank: int) -> None:
+        """In this step, some boundaries ago, a rank's loss was not finite."""
 
 
 class Loop:
@@ -113,6 +114,9 @@ class Loop:
         self.agreement = Agreement(parts.ranks)
         self._agreed = Said()
         self._health: Tensor | None = None
+        self._last_step: tuple[int, str] | None = None
+        self._about: tuple[int, str] | None = None
+        self._bad_rank: dict[str, int] = {}
         self._new_best = False
         self._pending: list[tuple[str, int, StepResult]] = []
         self._clocks: defaultdict[str, Clock] = defaultdict(Clock)
@@ -202,27 +206,29 @@ class Loop:
         self._clocks[name].wait += started - asked
         self._clocks[name].step += time.perf_counter() - started
         self._pending.append((name, batches[0].step_examples, result))
-        self._health = _on_host(result.loss)
+        self._health, self._last_step = _on_host(result.loss), (c.iteration, name)
         c.consumed[name] = step + 1
 
     def _told_to_stop(self, what: str) -> bool:
         """The boundary before `what`: say how this rank is, learn how all were at the boundary before, and act on that."""
         c, ranks = self.cursor, self.parts.ranks
         self.moved(f"iteration {c.iteration}, task {what}")
-        said = self._agreed = self.agreement.exchange(
-            self.saver.says(
-                stop=self.stop_asked(),
-                save=self._save_is_due(),
-                not_finite=ranks.rank if _is_bad(self._health) else -1,
-                plan=c.plan_hash(),
-            )
-        )
+        said = self._agreed = self._exchange(stop=self.stop_asked(), save=self._save_is_due(), plan=c.plan_hash())
         if not said.same_plan:
             raise PlansDiffer(_differences(ranks.gathered(c.to_json())))
-        if said.not_finite >= 0 and ranks.world_size > 1:
-            self.listener.not_finite(c.iteration, said.not_finite)
         self._take_save(self.saver.poll(said))
         return said.stop
+
+    def _exchange(self, **says: Any) -> Said:
+        """Say this, and how the last step went; learn what all said in the exchange before, which was about an older step."""
+        ranks = self.parts.ranks
+        about, self._about, self._last_step = self._about, self._last_step, None
+        bad, self._health = _is_bad(self._health), None
+        said = self.agreement.exchange(self.saver.says(not_finite=ranks.rank if bad else -1, **says))
+        if said.not_finite >= 0 and ranks.world_size > 1 and about is not None:
+            self.listener.not_finite(*about, said.not_finite)
+            self._bad_rank[about[1]] = said.not_finite
+        return said
 
     def _prefetch(self) -> None:
         """Ask for the batches of the tasks that come next; past this iteration's end, by the decisions of now."""
@@ -300,8 +306,9 @@ class Loop:
             in_row = self.cursor.skipped_in_row[name] = self.cursor.skipped_in_row.get(name, 0) + 1 if skipped else 0
             if in_row >= self.config.guard.max_skipped:
                 self._pending.clear()
+                whose = f" (a loss of rank {self._bad_rank[name]})" if name in self._bad_rank else ""
                 raise TooManySkipped(
-                    f"{in_row} steps of task {name} in a row were not finite, by iteration {self.cursor.iteration}; "
+                    f"{in_row} steps of task {name} in a row were not finite{whose}, by iteration {self.cursor.iteration}; "
                     "they changed nothing: lower its learning rate, or look at its data"
                 )
             if not skipped:
@@ -338,7 +345,7 @@ class Loop:
     def _wait_for_save(self, must: bool = False) -> None:
         def agreed() -> Said:
             self.moved(f"iteration {self.cursor.iteration}, saving")
-            return self.agreement.exchange(self.saver.says())
+            return self._exchange()
 
         self._take_save(wait(self.saver, agreed), must)
 

@@ -77,10 +77,10 @@ def _choices(logits: Tensor, target: ChoiceTarget, batch: Batch) -> LossAndScore
 def _classes(logits: Tensor, target: ClassTarget, batch: Batch) -> LossAndScore:
     """Binary cross-entropy against one-hot, mean over classes and examples; class -1 is all zeros and never right."""
     logits = _of_examples(logits, batch)
-    known = target.index >= 0
-    one_hot = F.one_hot(target.index.clamp(min=0), logits.shape[-1]).float() * known[:, None]
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    one_hot = (target.index[:, None] == classes).float()  # F.one_hot asks for the largest class on a CPU
     loss = F.binary_cross_entropy_with_logits(logits, one_hot)
-    return loss, ((logits.detach().argmax(-1) == target.index) & known).float()
+    return loss, (logits.detach().argmax(-1) == target.index).float()
 
 
 _KINDS: dict[type, Callable[..., LossAndScore]] = {

@@ -96,10 +96,10 @@ class Reporter(Listener):
             return
         self.journal.event("checkpoint", saved.iteration, path=str(saved.path), stalled_ms=1000 * saved.stalled_s)
 
-    def not_finite(self, iteration: int, rank: int) -> None:
+    def not_finite(self, iteration: int, task: str, rank: int) -> None:
         """See `Listener`."""
         self.console.message(
-            f"iteration {iteration}: the last step's loss was not finite on rank {rank}; no rank stepped"
+            f"iteration {iteration}: the loss of {task} was not finite on rank {rank}; no rank stepped"
         )
 
     def finish(self, folder: Path, cursor: Cursor, found: Mapping[str, tuple[float, float]]) -> None:

@@ -1,4 +1,4 @@
-"""`Sharded`: the model and its update rule under DeepSpeed. The only file that imports it.
+"""`Sharded`: the model and its update rule under DeepSpeed. The only file of a run that imports it.
 
 **All parameters are one group.** DeepSpeed flattens a group's parameters in a row, gives each rank a partition of the row,
 and reduces and gathers a whole row at a time. θs ∪ θt is kept by slices of the row (`engine.sharded_adamw`): one bucket of
@@ -227,7 +227,7 @@ def _deepspeed(device: torch.device) -> Any:
     """The package, with what it would do on import or start put right."""
     if find_spec("deepspeed") is None:
         raise BadInput(
-            "backend: deepspeed", "DeepSpeed is not installed", "make setup-gpu, or one process and backend: plain"
+            "backend: deepspeed", "DeepSpeed is not installed", "make setup, or one process and backend: plain"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # It calls collectives by names that torch is about to drop, and torch says so at every step.

@@ -13,7 +13,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -49,11 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             print(resolved(config), end="")
             return 0
         ranks = join(config.ranks.timeout_s, config.device if config.device != "auto" else _device())
-        try:
-            with Watchdog(ranks, config.ranks.timeout_s) as watchdog:
-                return _resume(folder, config, ranks, watchdog) if folder else _start(config, ranks, watchdog)
-        finally:
-            leave()
+        with Watchdog(ranks, config.ranks.timeout_s) as watchdog:
+            return _resume(folder, config, ranks, watchdog) if folder else _start(config, ranks, watchdog)
     except BadInput as error:
         _complain(error)
         return EXIT_BAD_INPUT
@@ -65,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was under way that could be saved", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        leave()  # after the complaints, which ask whether this is one of several ranks
 
 
 def _asked_for(arguments: argparse.Namespace) -> tuple[Path | None, RunConfig]:
@@ -101,7 +100,7 @@ def _complain(error: Exception) -> None:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, (OSError, BadInput)) and joined():
-        print(f"rank {rank}: error: {error}", file=sys.stderr)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +141,7 @@ def _start(config: RunConfig, ranks: Ranks, watchdog: Watchdog) -> int:
     """A new run in a folder of its own; nothing is written before everything has been read."""
     _run_folder(config)  # a used folder is refused before the work of reading
     console = _console(config, ranks)
-    parts = assemble(config, console.message, ranks)
+    parts = assemble(config, _saying(console, watchdog), ranks)
     folder = ranks.from_first(_claimed_folder(config) if ranks.first else Path())
     console.message(f"run folder {folder}")
     with _alone_in(folder, ranks):
@@ -172,7 +171,7 @@ def _resume(folder: Path, config: RunConfig, ranks: Ranks, watchdog: Watchdog) -
         )
         for line in refused:
             console.message(f"checkpoint refused: {line}")
-        parts = assemble(config, console.message, ranks)
+        parts = assemble(config, _saying(console, watchdog), ranks)
         cursor = checkpoint.load(path, parts.model, parts.stepper)
         if cursor.config_hash != config_hash(config):
             raise BadInput(
@@ -185,6 +184,16 @@ def _resume(folder: Path, config: RunConfig, ranks: Ranks, watchdog: Watchdog) -
         with Journal(folder, keep=cursor.covers) as journal:
             journal.event("resume", cursor.iteration, checkpoint=str(path), world_size=ranks.world_size)
             return _train(parts, folder, journal, console, cursor, watchdog)
+
+
+def _saying(console: Console, watchdog: Watchdog) -> Callable[[str], None]:
+    """What is said while a run is put together also shows that it moves: reading may take longer than a step ever does."""
+
+    def say(message: str) -> None:
+        watchdog.moved(f"the start ({message})")
+        console.message(message)
+
+    return say
 
 
 def _console(config: RunConfig, ranks: Ranks) -> Console:
@@ -214,9 +223,9 @@ def _train(
     console.start(parts.config.max_iterations, [task.row for task in parts.tasks.values()], cursor.iteration)
     parts.ranks.wait_for_all()
     try:
-        with _StopSignals() as stop:
+        with _StopSignals(parts.ranks) as stop:
             loop = Loop(parts, cursor, folder / "checkpoints", reporter or Listener(), stop.asked, watchdog.moved)
-            done = loop.run()
+            stop.done = done = loop.run()
         found = _final_scores(parts, cursor, folder, console, watchdog) if done else {}
     except BaseException as error:
         if journal is not None:
@@ -246,9 +255,11 @@ def _tell_of_loss(error: RuntimeError, cursor: Cursor, ranks: Ranks, watchdog: W
     """A collective failed, most likely because a rank is gone: say where, and who."""
     task = next(iter([*cursor.remaining, *cursor.due]), "none")
     where = f"rank {ranks.rank}: lost contact in iteration {cursor.iteration}, task {task}"
-    print(f"error: {where} ({str(error).splitlines()[0][:160]})", file=sys.stderr, flush=True)
-    print(f"error: rank {ranks.rank}: {watchdog.lost()}", file=sys.stderr, flush=True)
-    os._exit(EXIT_LOST)  # threads of collectives that never end would keep the process
+    try:
+        print(f"error: {where} ({str(error).splitlines()[0][:160]})", file=sys.stderr, flush=True)
+        print(f"error: rank {ranks.rank}: {watchdog.lost()}", file=sys.stderr, flush=True)
+    finally:  # also where nobody listens any more
+        os._exit(EXIT_LOST)  # threads of collectives that never end would keep the process
 
 
 def _final_scores(
@@ -273,10 +284,17 @@ def _python() -> str:
 
 
 class _StopSignals:
-    """SIGINT and SIGTERM ask for a stop; the loop honours it between two task steps. A second one ends at once."""
+    """SIGINT and SIGTERM ask for a stop; the loop honours it between two task steps. A second one ends at once.
 
-    def __init__(self) -> None:
+    Over several ranks a second SIGTERM does not: a scheduler signals all processes, and each launcher among them signals its
+    ranks again (and ends by SIGKILL those that do not come to an end). For the same reason SIGTERM is ignored once the loop has
+    stopped before its end: the rank still has to say why, and to exit with its own code.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
         self.name = ""
+        self.done = False
+        self._several = ranks.world_size > 1
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -285,13 +303,16 @@ class _StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._several and not self.done:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def asked(self) -> bool:
         return bool(self.name)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self.name = self.name or signal.Signals(number).name
+        if number == signal.SIGINT or not self._several:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _claimed_folder(config: RunConfig) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -23,15 +24,29 @@ SILENT_S = 5.0
 """Without a new sign of life for so long a rank counts as lost."""
 EXIT_LOST = 1
 
+Signs = dict[int, str | None]
+"""By rank its last sign of life; None: it has never given one."""
+
 
 class Watchdog:
-    """A thread beside the loop. `moved(where)` says that it goes on; `limit_s` without that ends the process."""
+    """A thread beside the loop. `moved(where)` says that it goes on; `limit_s` without that ends the process.
+
+    The store is spoken to by another thread, which may be held for ever: a machine that was cut off does not even refuse.
+    """
 
     def __init__(self, ranks: Ranks, limit_s: float) -> None:
         self._ranks, self._limit = ranks, limit_s
         self._where, self._at = "start", time.monotonic()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._watch, "watchdog"), (self._exchange_signs, "signs of life"))
+        ]
+        self._asking, self._asked, self._answers = (
+            threading.Lock(),
+            threading.Event(),
+            queue.SimpleQueue[Signs | None](),
+        )
         self._store = None
         if ranks.store is not None:
             self._store = ranks.store.clone()  # type: ignore[attr-defined]
@@ -42,13 +57,15 @@ class Watchdog:
         self._where, self._at = where, time.monotonic()
 
     def lost(self) -> str:
-        """Who gives no sign of life, in words. Takes `SILENT_S` seconds."""
-        before = self._signs()
-        self._done.wait(SILENT_S)
-        after = self._signs()
-        if after is None:
-            return "the machine of rank 0 does not answer"
-        silent = [rank for rank, sign in after.items() if sign is None or (before or {}).get(rank) == sign]
+        """Who gives no sign of life, in words. Takes `SILENT_S` seconds, and at most three times as long."""
+        with self._asking:
+            before = self._signs()
+            if before is not None:
+                self._done.wait(SILENT_S)
+            after = self._signs() if before is not None else None
+        if before is None or after is None:
+            return "rank 0, or its machine, does not answer"
+        silent = [rank for rank, sign in after.items() if sign is None or before.get(rank) == sign]
         others = [
             f"rank {rank} is in {json.loads(sign)[1]}" for rank, sign in after.items() if sign and rank not in silent
         ]
@@ -58,47 +75,60 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._ranks.world_size > 1:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(SILENT_S)
 
     def _watch(self) -> None:
-        beats = 0
         while not self._done.wait(BEAT_S):
-            beats += 1
-            self._leave_sign(beats)
             idle = time.monotonic() - self._at
             if idle > self._limit:
-                where, rank = self._where, self._ranks.rank
-                print(
-                    f"error: rank {rank}: no step for {idle:.0f} s in {where}: {self.lost()}; giving up "
-                    "(ranks.timeout_s); continue from the last checkpoint with --resume",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-                os._exit(EXIT_LOST)  # the main thread waits in a collective that cannot be interrupted
+                self._give_up(idle)
 
-    def _leave_sign(self, beats: int) -> None:
-        if self._store is None:
-            return
+    def _give_up(self, idle: float) -> None:
+        where, rank = self._where, self._ranks.rank
         try:
-            self._store.set(f"alive/{self._ranks.rank}", json.dumps([beats, self._where]))
-        except (RuntimeError, ValueError):  # rank 0's machine is gone: `_watch` will say so
-            return
+            print(
+                f"error: rank {rank}: no step for {idle:.0f} s in {where}: {self.lost()}; giving up "
+                "(ranks.timeout_s); continue from the last checkpoint with --resume",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        finally:  # also where nobody listens any more
+            os._exit(EXIT_LOST)  # the main thread waits in a collective that cannot be interrupted
 
-    def _signs(self) -> dict[int, str | None] | None:
+    def _exchange_signs(self) -> None:
+        """Leave one every second; read those of all when asked to."""
+        beats = 0
+        while not self._done.is_set():
+            try:
+                beats += 1
+                if self._store is not None:
+                    self._store.set(f"alive/{self._ranks.rank}", json.dumps([beats, self._where]))
+                found = self._read() if self._asked.is_set() else None
+            except (RuntimeError, ValueError):  # rank 0's machine is gone: whoever asks will say so
+                found = None
+            if self._asked.is_set():
+                self._asked.clear()
+                self._answers.put(found)
+            self._done.wait(BEAT_S)
+
+    def _signs(self) -> Signs | None:
         """By rank the last sign of life; None where the store does not answer."""
-        assert self._store is not None
-        found: dict[int, str | None] = {}
+        self._asked.set()
         try:
-            for rank in range(self._ranks.world_size):
-                key = f"alive/{rank}"
-                found[rank] = self._store.get(key).decode() if self._store.check([key]) else None
-        except (RuntimeError, ValueError):
+            return self._answers.get(timeout=SILENT_S)
+        except queue.Empty:
             return None
-        return found
+
+    def _read(self) -> Signs:
+        assert self._store is not None
+        keys = {rank: f"alive/{rank}" for rank in range(self._ranks.world_size)}
+        return {rank: self._store.get(key).decode() if self._store.check([key]) else None for rank, key in keys.items()}

@@ -3,7 +3,7 @@
     loss = (1 / m) Σ_masked Σ_c t_c (log t_c − log softmax(h W ᵀ + b)_c)       (paper 3.1, spec section 2.1)
 
 and 0, with zero gradients, where nothing is masked (the published code divides by zero there). Logits exist for a chunk of
-rows at a time: the kernels are those of `masked_rows.py`.
+rows at a time, or, on a GPU, for few rows: see `masked_rows.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.masked_rows import masked_rows_loss, variants_of
+from kernels.masked_rows import masked_rows_loss
+from kernels.masked_rows_triton import variants_of
 from kernels.variants import Variant
 
 

@@ -7,11 +7,12 @@ class (masked words: the divergence is then the cross-entropy). With top_r = max
 
     loss_r = Σ_c t (log t − (z − top)) + mass · log Σ_c exp(z − top),        dz = mass · softmax(z) − t
 
-so logits are never stored, and what has their size is made for a chunk of rows at a time:
+so logits need not be stored, and what has their size is made for a chunk of rows at a time:
 
-- Triton: a program computes one tile of logits and leaves four numbers a row of it; a second kernel puts those together in
-  order, and adds Σ t log t, which needs no logits. Backward computes the tiles again, writes dz for a chunk of rows, and
-  leaves the rest to two plain products.
+- Triton (`masked_rows_triton.py`): a program computes one tile of logits and leaves four numbers a row of it; a second kernel
+  puts those together in order. Backward computes the tiles again, writes dz for a chunk of rows, and leaves the rest to two
+  plain products. Where rows are few (`KEPT_LOGITS`) forward keeps the logits, and backward overwrites them with dz. A second
+  backward makes them again.
 - Native: logits of a chunk of rows are overwritten by their dz, which goes into the gradients at once, in forward: no product
   is done twice. Backward scales them. A second backward through the same graph makes them again.
 
@@ -22,19 +23,18 @@ Both give the same bits every time: sums over rows and classes have a fixed orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import masked_rows_triton
 from kernels.backends import choose
+from kernels.masked_rows_triton import Kept, RowResults
 from kernels.native_library import dtype_code, library, pointer
 from kernels.projection import weight_gradient
-from kernels.variants import Variant
 
 
 class MaskedRows(NamedTuple):
@@ -69,203 +69,63 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 # Triton
 
+KEPT_LOGITS = 0.5
+"""The Triton forward keeps the logits of fewer masked rows than this times the width, if a backward can follow. 0: never, and
+no more logits exist at a time than `_DLOGITS_BYTES`. Shapes alone decide: the device is not waited for.
 
-@triton.jit
-def _logits(
-    hidden, rows, weight, bias, row, column, n_rows, classes, width,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_ROWS, BLOCK_CLASSES]: one tile of h Wᵀ + b. What lies outside repeats the last row or class."""
-    row = tl.minimum(row, n_rows - 1)
-    column = tl.minimum(column, classes - 1)
-    source = row if rows is None else tl.load(rows + row)
-    inner = tl.arange(0, BLOCK_WIDTH)
-    hidden += source.to(tl.int64)[:, None] * width + inner[None, :]
-    weight += column.to(tl.int64)[:, None] * width + inner[None, :]
-    z = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        inside = (inner < width - start)[None, :]
-        h = tl.load(hidden + start, inside, 0.0)
-        w = tl.load(weight + start, inside, 0.0)
-        z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-    return z + tl.load(bias + column).to(tl.float32)[None, :]
+At 0.5, writing and reading them takes as many bytes as reading the weight once more to make them anew. With fewer rows they
+save bytes and a product. Until the end of backward they take less than half of the weight's memory."""
 
-
-@triton.jit
-def _target(target, row, column, n_rows, classes):
-    """float32 tile of the target: 0 outside, and a label as its one-hot row."""
-    if target.dtype.element_ty.is_int():
-        label = tl.load(target + row, row < n_rows, -1).to(tl.int32)
-        return (label[:, None] == column[None, :]).to(tl.float32)
-    else:
-        inside = (row < n_rows)[:, None] & (column < classes)[None, :]
-        return tl.load(target + row.to(tl.int64)[:, None] * classes + column[None, :], inside, 0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["n_rows", "classes"])
-def _reduce_tiles(
-    hidden, rows, weight, bias, target, partials, n_rows, classes, width,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """partials float32 [4, class tiles, n_rows]: of each row in each tile top, Σ exp(z − top), Σ t (z − top), Σ t."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    z = _logits(hidden, rows, weight, bias, row, column, n_rows, classes, width, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_WIDTH)
-    # Classes outside repeat the last one, so they do not change the largest.
-    top = tl.max(z, 1)
-    z -= top[:, None]
-    total = tl.sum(tl.where((column < classes)[None, :], tl.exp(z), 0.0), 1)
-    if target.dtype.element_ty.is_int():
-        label = tl.load(target + row, row < n_rows, -1).to(tl.int32)
-        hit = tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
-        mass = (label // BLOCK_CLASSES == tl.program_id(1)).to(tl.float32)
-    else:
-        t = _target(target, row, column, n_rows, classes)
-        hit = tl.sum(t * z, 1)
-        mass = tl.sum(t, 1)
-
-    plane = tl.num_programs(1).to(tl.int64) * n_rows
-    partials += tl.program_id(1).to(tl.int64) * n_rows + row
-    inside = row < n_rows
-    tl.store(partials, top, inside)
-    tl.store(partials + plane, total, inside)
-    tl.store(partials + 2 * plane, hit, inside)
-    tl.store(partials + 3 * plane, mass, inside)
-
-
-@triton.jit(do_not_specialize=["n_rows", "classes", "tiles"])
-def _combine_tiles(
-    partials, target, loss, lse, mass, n_rows, classes, tiles,
-    BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-):  # fmt: skip
-    """loss, lse, mass: float32 [n_rows], from the partials of all tiles and Σ t log t."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tile = tl.arange(0, BLOCK_TILES)
-    plane = tiles.to(tl.int64) * n_rows
-    partials += tile.to(tl.int64)[:, None] * n_rows + tl.minimum(row, n_rows - 1)[None, :]
-    inside = (tile < tiles)[:, None]
-    tops = tl.load(partials, inside, -float("inf"))
-    top = tl.max(tops, 0)
-    below = tl.where(inside, tops - top[None, :], 0.0)
-    total = tl.sum(tl.load(partials + plane, inside, 0.0) * tl.exp(below), 0)
-    masses = tl.load(partials + 3 * plane, inside, 0.0)
-    hit = tl.sum(tl.load(partials + 2 * plane, inside, 0.0) + masses * below, 0)
-    whole = tl.sum(masses, 0)
-    cost = whole * tl.log(total) - hit
-    if not target.dtype.element_ty.is_int():
-        for start in range(0, classes, BLOCK_CLASSES):
-            t = _target(target, row, start + tl.arange(0, BLOCK_CLASSES), n_rows, classes)
-            cost += tl.sum(t * tl.log(tl.where(t > 0, t, 1.0)), 1)
-    tl.store(loss + row, cost, row < n_rows)
-    tl.store(lse + row, top + tl.log(total), row < n_rows)
-    tl.store(mass + row, whole, row < n_rows)
-
-
-@triton.jit(do_not_specialize=["scale", "n_rows", "classes"])
-def _gradient_tiles(
-    hidden, rows, weight, bias, target, lse, mass, dloss, scale, dlogits, stride, dbias, n_rows, classes, width,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dlogits [n_rows, stride], times dloss * scale, 0 from `classes` on; dbias float32 [row tiles, classes]: column sums."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    z = _logits(hidden, rows, weight, bias, row, column, n_rows, classes, width, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_WIDTH)
-    t = _target(target, row, column, n_rows, classes)
-    inside = (row < n_rows)[:, None] & (column < classes)[None, :]
-    row_lse = tl.load(lse + row, row < n_rows, 0.0)
-    row_mass = tl.load(mass + row, row < n_rows, 0.0)
-    dz = (row_mass[:, None] * tl.exp(z - row_lse[:, None]) - t) * (tl.load(dloss) * scale)
-    dz = tl.where(inside, dz, 0.0)
-    at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    # Zeros up to the aligned end of the row keep the stores wide.
-    tl.store(dlogits + at, dz.to(dlogits.dtype.element_ty), (row < n_rows)[:, None] & (column < stride)[None, :])
-    tl.store(dbias + tl.program_id(0) * classes + column, tl.sum(dz, 0), column < classes)
-
-
-class _Tiles(NamedTuple):
-    """Shape of a program of the two kernels that hold a product."""
-
-    rows: int
-    classes: int
-    width: int
-    warps: int
-    stages: int
-
-    @property
-    def constexprs(self) -> dict[str, object]:
-        return {"BLOCK_ROWS": self.rows, "BLOCK_CLASSES": self.classes, "BLOCK_WIDTH": self.width}
-
-
-_HALF = _Tiles(rows=128, classes=128, width=64, warps=8, stages=3)
-_TILES = {torch.float32: _Tiles(64, 64, 32, warps=4, stages=3), torch.bfloat16: _HALF, torch.float16: _HALF}
 _DLOGITS_BYTES = 2**26
 """Most memory that dlogits take in the Triton backward: some 20,000 rows of regions, 1,000 of words."""
 
 
-def _combined(tiles: int) -> dict[str, int]:
-    """Shape of a program that puts `tiles` tiles together: all of them, and as many rows as registers hold."""
-    block = triton.next_power_of_2(tiles)
-    rows = min(max(2048 // block, 1), 16)
-    return {"BLOCK_ROWS": rows, "BLOCK_TILES": block, "BLOCK_CLASSES": 2048 // rows}
-
-
 class _Triton(torch.autograd.Function):
-    """Logits are computed in forward, and again in backward."""
+    """Gradients are made in backward, from logits that forward has kept or that are computed again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, rows: Tensor | None, _: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, rows: Tensor | None, recording: bool
     ) -> Tensor:
-        loss, lse, mass = _triton_forward(MaskedRows(hidden, weight, bias, target, rows))
-        ctx.save_for_backward(hidden, weight, bias, target, rows, lse, mass)
-        return loss
+        x = MaskedRows(hidden, weight, bias, target, rows)
+        keep = recording and any(ctx.needs_input_grad) and x.n_masked < KEPT_LOGITS * hidden.shape[1]
+        of_rows, kept = masked_rows_triton.row_results(x, keep)
+        ctx.save_for_backward(*x, *of_rows)
+        ctx.kept, ctx.keeps = kept, kept is not None
+        return of_rows.loss.sum() / max(x.n_masked, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, lse, mass = ctx.saved_tensors
-        x = MaskedRows(*inputs)
-        gradients = _triton_backward(x, lse, mass, dloss)
-        return (*gradients.finished(x, ctx.needs_input_grad), None, None, None)
+        x, of_rows = MaskedRows(*ctx.saved_tensors[:5]), RowResults(*ctx.saved_tensors[5:])
+        kept, ctx.kept = ctx.kept, None
+        if ctx.keeps and kept is None:  # an earlier backward through this graph has overwritten them
+            _, kept = masked_rows_triton.row_results(x, keep=True)
+        gradients = _computed_again(x, of_rows, dloss) if kept is None else _from_kept(x, of_rows, kept, dloss)
+        del kept  # its memory is free when the gradient of all rows is made
+        found = gradients.finished(x, ctx.needs_input_grad, scattered=masked_rows_triton.scattered)
+        return (*found, None, None, None)
 
 
-def _triton_forward(x: MaskedRows) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, lse [m], mass [m]), float32."""
-    m, (classes, width) = x.n_masked, x.weight.shape
-    loss, lse, mass = (x.hidden.new_empty(m, dtype=torch.float32) for _ in range(3))
-    if m > 0:
-        blocks = _TILES[x.hidden.dtype]
-        tiles = triton.cdiv(classes, blocks.classes)
-        partials = x.hidden.new_empty((4, tiles, m), dtype=torch.float32)
-        _reduce_tiles[(triton.cdiv(m, blocks.rows), tiles)](
-            x.hidden, x.rows, x.weight, x.bias, x.target, partials, m, classes, width,
-            **blocks.constexprs, num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
-        combined = _combined(tiles)
-        _combine_tiles[(triton.cdiv(m, combined["BLOCK_ROWS"]),)](
-            partials, x.target, loss, lse, mass, m, classes, tiles, **combined, num_warps=4, num_stages=1
-        )
-    return loss.sum() / max(m, 1), lse, mass
+def _from_kept(x: MaskedRows, of_rows: RowResults, kept: Kept, dloss: Tensor) -> _Gradients:
+    m = x.n_masked
+    gradients = _Gradients(x, m)
+    dlogits = masked_rows_triton.kept_gradients(x.target, of_rows, kept, dloss, 1 / m, gradients.bias)
+    gradients.add_products(slice(0, m), kept.hidden, dlogits, x.weight)
+    return gradients
 
 
-def _triton_backward(x: MaskedRows, lse: Tensor, mass: Tensor, dloss: Tensor) -> _Gradients:
-    m, (classes, width) = x.n_masked, x.weight.shape
-    blocks = _TILES[x.hidden.dtype]
-    stride = triton.cdiv(classes, 64) * 64  # so that the products read aligned rows
-    size = max(_DLOGITS_BYTES // (stride * x.hidden.element_size() * blocks.rows), 1) * blocks.rows
+def _computed_again(x: MaskedRows, of_rows: RowResults, dloss: Tensor) -> _Gradients:
+    m, classes = x.n_masked, len(x.weight)
+    stride = masked_rows_triton.stride_of(classes)
+    step = masked_rows_triton.TILES[x.hidden.dtype].rows
+    size = max(_DLOGITS_BYTES // (stride * x.hidden.element_size() * step), 1) * step
     memory = x.hidden.new_empty((min(size, m), stride))
     gradients = _Gradients(x, size)
     for chunk in _chunks(m, size):
         part = x.part(chunk)
         dlogits = memory[: part.n_masked, :classes]
-        grid = (triton.cdiv(part.n_masked, blocks.rows), triton.cdiv(classes, blocks.classes))
-        dbias = x.hidden.new_empty((grid[0], classes), dtype=torch.float32)
-        _gradient_tiles[grid](
-            part.hidden, part.rows, x.weight, x.bias, part.target, lse[chunk], mass[chunk], dloss, 1 / m,
-            dlogits, stride, dbias, part.n_masked, classes, width,
-            **blocks.constexprs, num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
-        gradients.bias += dbias.sum(0)
+        masked_rows_triton.logit_gradients(part, of_rows.part(chunk), dloss, 1 / m, dlogits, gradients.bias)
         gradients.add_products(chunk, part.gathered(), dlogits, x.weight)
     return gradients
 
@@ -332,6 +192,11 @@ def _compare(logits: Tensor, x: MaskedRows, losses: Tensor, gradients: _Gradient
 # Both
 
 
+def _scattered(source: Tensor, rows: Tensor, n: int) -> Tensor:
+    """[n, width]: row rows[i] is row i of source, the others are 0."""
+    return source.new_zeros((n, source.shape[1])).index_copy_(0, rows, source)
+
+
 class _Gradients:
     """The gradients of hidden, weight and bias, while chunks of at most `size` rows are added to them."""
 
@@ -357,12 +222,16 @@ class _Gradients:
                 (self._weight[classes].copy_ if first else self._weight[classes].add_)(product)
 
     def finished(
-        self, x: MaskedRows, needed: Sequence[bool], factor: Tensor | None = None
+        self,
+        x: MaskedRows,
+        needed: Sequence[bool],
+        factor: Tensor | None = None,
+        scattered: Callable[[Tensor, Tensor, int], Tensor] = _scattered,
     ) -> tuple[Tensor | None, ...]:
         """Those of (hidden, weight, bias) that are needed, times a scalar, in their dtypes. Uses them up."""
         hidden = _scaled(self._hidden, factor, x.hidden.dtype) if needed[0] else None
         if hidden is not None and x.rows is not None:
-            hidden = torch.zeros_like(x.hidden).index_copy_(0, x.rows, hidden)
+            hidden = scattered(hidden, x.rows, len(x.hidden))
         weight = _scaled(self._weight, factor, x.weight.dtype) if needed[1] else None
         bias = _scaled(self.bias, factor, x.bias.dtype) if needed[2] else None
         return hidden, weight, bias
@@ -411,67 +280,9 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, rows: T
         raise ValueError(f"hidden, weight, bias and target do not fit each other: {shapes}, {m} masked rows")
     if not hidden.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"one dtype for hidden, weight and bias, not {hidden.dtype}, {weight.dtype}, {bias.dtype}")
-    if not labels and target.dtype not in _TILES:
+    if not labels and target.dtype not in masked_rows_triton.TILES:
         raise ValueError(f"a target of {target.dtype} is neither a distribution nor labels (int64)")
     if rows is not None and rows.dtype is not torch.int64:
         raise ValueError(f"rows are int64, not {rows.dtype}")
     if labels and m and target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < classes:
         raise IndexError(f"a label lies outside of the {classes} classes")
-
-
-_TRITON_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-def variants_of(op: str, classes: int, targets: Mapping[torch.dtype, Sequence[str]]) -> list[Variant]:
-    """Every kernel that `op` can launch. `targets`: Triton's names of the target's type, by dtype of hidden."""
-    found = []
-    for dtype, types in targets.items():
-        for target in types:
-            found.append(_combining(op, classes, dtype, target))
-            found += [*_products(op, dtype, target, gathered=False), *_products(op, dtype, target, gathered=True)]
-    return found
-
-
-def _products(op: str, dtype: torch.dtype, target: str, gathered: bool) -> Iterator[Variant]:
-    blocks, own = _TILES[dtype], _TRITON_NAMES[dtype]
-    inputs = {"hidden": own, "rows": "*i64" if gathered else "constexpr", "weight": own, "bias": own, "target": target}
-    sizes = {"n_rows": "i32", "classes": "i32", "width": "i32:16", **dict.fromkeys(blocks.constexprs, "constexpr")}
-    saved = {"lse": "*fp32", "mass": "*fp32", "dloss": "*fp32", "scale": "fp32"}
-    for name, kernel, arguments in (
-        ("forward", _reduce_tiles, {"partials": "*fp32"}),
-        ("backward", _gradient_tiles, {**saved, "dlogits": own, "stride": "i32:16", "dbias": "*fp32"}),
-    ):
-        yield Variant(
-            op=op,
-            name=f"{name}, {target.strip('*')} target{', gathers' if gathered else ''}",
-            kernel=kernel,
-            signature={**inputs, **arguments, **sizes},
-            constexprs={**blocks.constexprs, **({} if gathered else {"rows": None})},
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            dtype=str(dtype).removeprefix("torch."),
-            dot=dtype is not torch.float32,
-            copies=True,
-        )
-
-
-def _combining(op: str, classes: int, dtype: torch.dtype, target: str) -> Variant:
-    combined = _combined(triton.cdiv(classes, _TILES[dtype].classes))
-    return Variant(
-        op=op,
-        name=f"forward, {target.strip('*')} target, tiles put together",
-        kernel=_combine_tiles,
-        signature={
-            "partials": "*fp32",
-            "target": target,
-            **dict.fromkeys(("loss", "lse", "mass"), "*fp32"),
-            **dict.fromkeys(("n_rows", "classes", "tiles"), "i32"),
-            **dict.fromkeys(combined, "constexpr"),
-        },
-        constexprs={**combined},
-        num_warps=4,
-        num_stages=1,
-        dtype=str(dtype).removeprefix("torch."),
-        dot=False,
-        copies=False,
-    )

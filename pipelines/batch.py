@@ -7,9 +7,10 @@ example that `pipelines.buckets` puts at the end of a batch whose shapes must re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class Batch:
     """Examples of the step's whole batch."""
     feature_rows: Tensor | None = None
     """int64 [R]: the rows of `resident` that the features are, where they stay on the device; `features` is then [0, F]."""
-    slab: Tensor | None = None
+    slab: Tensor | None = field(default=None, metadata={"stays": True})
     """uint8: the memory that every tensor above is a view of, so that one copy moves them all; None: each has its own."""
     resident: Tensor | None = field(default=None, metadata={"stays": True})
     """[N, F] on the device, shared by all batches (`pipelines.resident`): it does not move with them."""
@@ -155,7 +156,7 @@ class Batch:
     def in_slab(self, slab: Tensor) -> Batch:
         """The same batch read from other memory: each tensor is a view of `slab`, at the place that it has in its own."""
         assert self.slab is not None
-        return replace(moved(replace(self, slab=None), self.slab, slab), slab=slab[: self.slab.numel()])
+        return replace(moved(self, self.slab, slab), slab=slab[: self.slab.numel()])
 
     def with_features(self) -> Batch:
         """The batch with features to compute with: itself, or a copy with those that stay on the device."""
@@ -166,39 +167,44 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the batch and its target, in the order of `map`; the slab is none of them."""
-        return tensors_of(replace(self, slab=None))
+        return tensors_of(self)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy of the batch with all of its tensors changed, without a slab."""
-        return changed(replace(self, slab=None), change)
+        return changed(self, change, slab=None)
 
 
 Part = TypeVar("Part")
 """A dataclass of tensors and of other such dataclasses."""
 
 
-def changed(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
-    """A copy with all tensors changed, in the order of the fields."""
-    changes: dict[str, object] = {}
-    for place in fields(part):  # type: ignore[arg-type]
-        value = getattr(part, place.name)
-        if isinstance(value, Tensor) and not place.metadata.get("stays"):
-            changes[place.name] = change(value)
-        elif is_dataclass(value):
-            changes[place.name] = changed(value, change)
-    return replace(part, **changes)  # type: ignore[type-var]
+def changed(part: Part, change: Callable[[Tensor], Tensor], **others: object) -> Part:
+    """A copy with all tensors changed, in the order of the fields, and `others`: fields that have new values."""
+    for name, value in _parts(part):
+        others[name] = change(value) if isinstance(value, Tensor) else changed(value, change)
+    return replace(part, **others)  # type: ignore[type-var]
 
 
 def tensors_of(part: object) -> list[Tensor]:
     """All tensors, in the same order."""
     found: list[Tensor] = []
-
-    def noted(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    changed(part, noted)
+    for _, value in _parts(part):
+        found.extend((value,) if isinstance(value, Tensor) else tensors_of(value))
     return found
+
+
+def _parts(part: Any) -> Iterator[tuple[str, Any]]:
+    """The fields that are tensors or have some."""
+    for name in _moving(type(part)):  # type: ignore[arg-type]
+        value = getattr(part, name)
+        if isinstance(value, Tensor) or is_dataclass(value):
+            yield name, value
+
+
+@cache
+def _moving(kind: type[Any]) -> tuple[str, ...]:
+    """Names of the fields whose tensors change with the others."""
+    return tuple(place.name for place in fields(kind) if not place.metadata.get("stays"))
 
 
 def moved(part: Part, slab: Tensor, other: Tensor) -> Part:

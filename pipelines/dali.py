@@ -131,6 +131,8 @@ def check_installed() -> None:
     """BadInput where DALI cannot be used."""
     try:
         import nvidia.dali  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: a library of its own is missing
+    except ModuleNotFoundError as error:
+        raise BadInput("data_path", "dali asked for, but nvidia.dali is not installed", "make setup-dali") from error
+    except (ImportError, OSError, RuntimeError) as error:  # a library of its own is missing
         reason = str(error).strip().partition("\n")[0]
         raise BadInput("data_path", f"dali asked for, but it cannot be used: {reason}", "make setup-dali") from error

@@ -135,13 +135,14 @@ def load_task(
     answers: AnswerVocabulary | None = None,
     allow_missing: bool = False,
     removed: AbstractSet[str] = frozenset(),
+    store: FeatureStore | None = None,
 ) -> TaskData:
     """Read one split of a task.
 
-    `answers` defaults to the vocabulary that the sheet names. With `allow_missing`, examples whose image has no
-    features are left out and counted; otherwise they are refused. Examples that show an image of `removed` (keys, see
-    `pipelines.held_out`) are left out and counted: NLVR2's if either of their two images is one. Raises BadInput,
-    naming the sheet's key, the file, or the example and its image.
+    `answers` and `store`, of detected regions, default to those that the sheet names. With `allow_missing`, examples
+    whose image has no features are left out and counted; otherwise they are refused. Examples that show an image of
+    `removed` (keys, see `pipelines.held_out`) are left out and counted: NLVR2's if either of their two images is one.
+    Raises BadInput, naming the sheet's key, the file, or the example and its image.
     """
     entry = sheet.entry(spec.name)
     where = f"{sheet.path}: sets.{spec.name}"
@@ -151,7 +152,9 @@ def load_task(
         answers = Answers.load(entry.answers)
     if spec.target == "choices" and entry.candidates is None:
         raise BadInput(f"{where}.candidates", "missing", f"{spec.name} needs the features of its annotated boxes")
-    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, sheet.detected(spec.name, split), removed)
+    if store is None:
+        store = sheet.detected(spec.name, split)
+    columns = _Columns(spec, split, f"{where}.{split}", tokenizer, answers, store, removed)
     if entry.candidates is not None and spec.target == "choices":
         columns.candidates = sheet.store(entry.candidates)
         if columns.candidates.feature_dim != columns.store.feature_dim:

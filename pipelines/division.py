@@ -33,6 +33,10 @@ class Division:
         return divide(costs, self.world_size * self.accumulation)[micro * self.world_size + self.rank]
 
 
+WHOLE = Division()
+"""One rank, one batch."""
+
+
 def divide(costs: NDArray[np.int64], parts: int) -> list[Indices]:
     """Positions of each part: as many examples (or one fewer), and about as much cost, ascending. A function of costs alone.
 

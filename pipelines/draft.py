@@ -30,7 +30,7 @@ class Draft:
     """All that is decided about a batch; what remains is moving features."""
 
     batch: Batch
-    """Without a slab; its features have a shape and no values yet (device `meta`)."""
+    """Without a slab; its features and boxes have a shape and no values yet (device `meta`)."""
     regions: Regions
     hidden: MaskedRegions | None = None
     """What pretraining hides."""
@@ -49,13 +49,11 @@ def arena() -> Arena:
 def filled(draft: Draft) -> Batch:
     """The batch on the host, in one slab. Raises BadInput for a damaged record."""
     batch = in_one_slab(draft.batch, arena().take)
-    if batch.resident is not None:
-        return batch
+    without = draft.blind or batch.resident is not None
+    draft.regions.fill(None if without else batch.features, batch.boxes, draft.threads)
     if draft.blind:
         batch.features.zero_()
-        return batch
-    draft.regions.fill(batch.features, draft.threads)
-    if draft.hidden is not None:
+    elif draft.hidden is not None:
         hide(batch.features, draft.hidden, draft.regions.cu_images)
     return batch
 

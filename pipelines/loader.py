@@ -16,7 +16,7 @@ import torch
 from pipelines.batch import Batch
 from pipelines.buckets import Grid
 from pipelines.datasets import TaskData
-from pipelines.division import Division, example_rows
+from pipelines.division import WHOLE, Division, example_rows
 from pipelines.draft import Draft, filled
 from pipelines.masking import Masking
 from pipelines.packing import draft, pack
@@ -48,7 +48,7 @@ class TrainingSource:
     """How many copy a batch's features."""
     resident: Resident | None = None
     """Where they stay on the device."""
-    division: Division = Division()
+    division: Division = WHOLE
     """Which part of every step's batch is wanted. Where a rank makes several micro-batches of its part, they are counted
     instead of steps: micro-batch m of step s is `source(s * accumulation + m)`."""
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pipelines import buckets, ragged
 from pipelines.batch import Batch, BatchTarget, OptionTarget
-from pipelines.boxes import Float32
 from pipelines.datasets import TaskData
 from pipelines.draft import Draft, filling
 from pipelines.negatives import draw_options
@@ -56,8 +55,7 @@ def draft(
         unique_images, pair_image = _unique_within(images.reshape(-1, k), share)
     token_ids, cu_texts = pack_texts(data, unique_texts, task_token)
     regions = Regions.of(data, unique_images)
-    pixels = regions.pixels()
-    target = _target(data, indices, regions, pixels, pair_image, training)
+    target = _target(data, indices, regions, pair_image, training)
     batch = skeleton(
         data,
         indices,
@@ -65,7 +63,6 @@ def draft(
         token_ids,
         cu_texts,
         regions,
-        pixels,
         pair_text,
         pair_image,
         target,
@@ -90,18 +87,17 @@ def skeleton(
     token_ids: NDArray[np.int64],
     cu_texts: ragged.Offsets,
     regions: Regions,
-    pixels: Float32,
     pair_text: NDArray[np.int64],
     pair_image: NDArray[np.int64],
     target: BatchTarget | None,
     task_token: int | None,
     dtype: torch.dtype,
 ) -> Batch:
-    """Everything of a batch but its features, which have a shape and no values yet (device `meta`).
+    """Everything of a batch but its features and boxes, which have a shape and no values yet (device `meta`).
 
-    `texts`: the example that each text is of, int64 [n_texts]. `pixels`: the regions' boxes.
+    `texts`: the example that each text is of, int64 [n_texts].
     """
-    text_rows, image_rows = np.diff(cu_texts), np.diff(regions.cu_images)
+    text_rows, image_rows = ragged.lengths_of(cu_texts), ragged.lengths_of(regions.cu_images)
     return Batch(
         task=data.spec.name,
         examples=len(indices),
@@ -109,7 +105,7 @@ def skeleton(
         token_ids=torch.from_numpy(token_ids),
         cu_texts=torch.from_numpy(cu_texts.astype(np.int32)),
         features=torch.empty((regions.rows, data.store.feature_dim), dtype=dtype, device="meta"),
-        boxes=torch.from_numpy(regions.locations(pixels)),
+        boxes=torch.empty((regions.rows, 5), device="meta"),
         cu_images=torch.from_numpy(regions.cu_images.astype(np.int32)),
         pair_text=torch.from_numpy(pair_text),
         pair_image=torch.from_numpy(pair_image),
@@ -166,16 +162,17 @@ def _unique_within(items: Indices, share: bool) -> tuple[Indices, NDArray[np.int
 
 def pack_texts(data: TaskData, texts: Indices, task_token: int | None) -> tuple[NDArray[np.int64], ragged.Offsets]:
     """Token ids int64 [T] and cu_texts int64 [n_texts + 1]."""
-    flat, cu_words = ragged.take(data.token_offsets, texts)
-    words = data.token_ids[flat].astype(np.int64)
     if task_token is None:
-        return words, cu_words
-    cu_texts = cu_words + np.arange(len(cu_words))
-    token_ids = np.empty(cu_texts[-1], np.int64)
-    is_word = np.ones(len(token_ids), bool)
-    is_word[cu_texts[:-1] + 1] = False
-    token_ids[is_word] = words
-    token_ids[~is_word] = task_token
+        flat, cu_texts = ragged.take(data.token_offsets, texts)
+        return data.token_ids[flat].astype(np.int64), cu_texts
+    starts = data.token_offsets[texts]
+    lengths = data.token_offsets[texts + 1] - starts + 1
+    cu_texts = ragged.offsets_of(lengths)
+    first = cu_texts[:-1]
+    flat = ragged.ranges(starts - 1, lengths)  # row 0 is word 0, row 1 the task token, row 2 word 1
+    flat[first] += 1
+    token_ids = data.token_ids[flat].astype(np.int64)
+    token_ids[first + 1] = task_token
     return token_ids, cu_texts
 
 
@@ -183,7 +180,6 @@ def _target(
     data: TaskData,
     indices: Indices,
     regions: Regions,
-    pixels: Float32,
     pair_image: NDArray[np.int64],
     training: bool,
 ) -> BatchTarget | None:
@@ -192,7 +188,7 @@ def _target(
             return columns.pack(indices)
         case TrueBoxes() as boxes:
             rows, cu_regions = ragged.take(regions.cu_images, pair_image)
-            return boxes.pack(indices, cu_regions, pixels[rows], training)
+            return boxes.pack(indices, cu_regions, regions.pixels()[rows], training)
         case Choices() as choices:
             return choices.pack(indices, regions.first_candidate[pair_image])
         case None if data.pool is not None:

@@ -38,9 +38,21 @@ def load_pickle(
     where = where or (source if isinstance(source, Path) else "pickle")
     if not allow <= NUMPY:
         raise ValueError(f"nothing stands in for {sorted(allow - NUMPY)}")
-    data = _bytes_of(source, max_bytes)
+    return _loaded(_AllowListed(_bytes_of(source, max_bytes), allow), where)
+
+
+def check_pickle(data: bytes, allow: Allowed, *, where: object) -> None:
+    """Go through a pickle that another library is to load, and raise `BadInput` if it asks for a global outside `allow`.
+
+    All its instructions are followed as an unpickler does, so that no trick with its stack hides a name, but every global
+    and every object is the same inert thing: nothing is imported, called or built.
+    """
+    _loaded(_Inspected(data, allow), where)
+
+
+def _loaded(unpickler: _AllowListed, where: object) -> Any:
     try:
-        return _AllowListed(data, allow).load()
+        return unpickler.load()
     except _Forbidden as forbidden:
         raise BadInput(where, f"the pickle asks for {forbidden}", "not loaded; is the source to be trusted?") from None
     except Exception as error:  # noqa: BLE001 - hostile bytes can raise anything at all: every failure is bad input
@@ -168,3 +180,47 @@ for _pairs in (pickle.SETITEMS, pickle.DICT):
     _with_plain_keys(_pairs, slice(0, None, 2))
 for _members in (pickle.ADDITEMS, pickle.FROZENSET):
     _with_plain_keys(_members, slice(None))
+
+
+class _Inert:
+    """Stands in for whatever an allowed global is or gives: takes all that a pickle does to it, and does nothing."""
+
+    def __call__(self, *_: object) -> _Inert:
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, _: object) -> None: ...
+
+    extend = update = add = append
+
+
+class _Inspected(_AllowListed):
+    """Follows a pickle and builds none of its objects."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_AllowListed.dispatch)
+    _inert = _Inert()
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in self._allow:
+            raise _Forbidden(f"{module_name}.{global_name}")
+        return self._inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's memory, which lies beside the pickle."""
+        return self._inert
+
+    def load_build(self) -> None:
+        self.stack.pop()
+
+    def load_newobj(self) -> None:
+        del self.stack[-2:]
+        self.stack.append(self._inert)
+
+    def load_newobj_ex(self) -> None:
+        del self.stack[-3:]
+        self.stack.append(self._inert)
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex

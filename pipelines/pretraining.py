@@ -38,8 +38,7 @@ def draft_masked(
     token_ids, cu_texts = pack_texts(data, texts, None)
     words = mask_words(draw, masking, token_ids, cu_texts, unmatched)
     regions = Regions.of(data, data.image_rows[indices, 0].astype(np.int64))
-    pixels = regions.pixels()
-    hidden = mask_regions(draw, masking, pixels, regions.cu_images, unmatched)
+    hidden = mask_regions(draw, masking, regions.pixels(), regions.cu_images, unmatched)
     target = MaskedTarget(
         word_rows=torch.from_numpy(words.rows),
         word_labels=torch.from_numpy(words.labels),
@@ -48,7 +47,7 @@ def draft_masked(
         unmatched=torch.from_numpy(unmatched.astype(np.int64)),
     )
     own = np.arange(len(indices))
-    batch = skeleton(data, indices, texts, words.token_ids, cu_texts, regions, pixels, own, own, target, None, dtype)
+    batch = skeleton(data, indices, texts, words.token_ids, cu_texts, regions, own, own, target, None, dtype)
     return Draft(batch, regions, hidden, blind, threads)
 
 

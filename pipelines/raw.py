@@ -106,9 +106,10 @@ def raw(draft: Draft) -> RawBatch:
     slab, parts = settled(planned, arena().take)
     head, work = parts.head, parts.work
     if regions.in_bytes:
+        regions.fill(None, head.batch.boxes, draft.threads)
         regions.fill_bytes(work.values, work.factors, draft.threads)
     else:
-        regions.fill(work.values.view(dtype), draft.threads)
+        regions.fill(work.values.view(dtype), head.batch.boxes, draft.threads)
         work.factors.fill_(1)
     if hidden is not None:
         work.factors.numpy()[hidden.zeroed] = 0

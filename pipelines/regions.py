@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import ragged
-from pipelines.boxes import Float32, locations
+from pipelines.boxes import Float32
 from pipelines.datasets import TaskData
 from pipelines.resident import Resident
 from pipelines.targets import Indices
@@ -57,17 +57,20 @@ class Regions:
             self.data.candidates.gather_boxes(*self._annotated(), boxes, global_row=False)
         return boxes
 
-    def locations(self, pixels: Float32) -> Float32:
-        """Boxes in shares of the image, float32 [R, 5]."""
-        rows, sizes = np.diff(self.cu_images), self.data.store.sizes[self.images].astype(np.float32)
-        return locations(pixels, np.repeat(sizes[:, 0], rows), np.repeat(sizes[:, 1], rows))
-
-    def fill(self, features: Tensor, threads: int) -> None:
-        """Copy the features from the memory map to where they stay, [at least R, F]; rows beyond R become zeros."""
-        self.data.store.gather(self.images, self.cu_images[:-1], features, taken=self.detected, threads=threads)
-        if self.data.candidates is not None:
-            self.data.candidates.gather(*self._annotated(), features, global_row=False, threads=threads)
-        features[self.rows :].zero_()
+    def fill(self, features: Tensor | None, locations: Tensor, threads: int) -> None:
+        """Copy the features from the memory map to where they stay, [at least R, F], where they are wanted; and write what the
+        model reads of the boxes, float32 [at least R, 5]. Rows beyond R become zeros."""
+        store, candidates = self.data.store, self.data.candidates
+        sizes, rows = store.sizes[self.images], self.rows
+        if locations.shape[0] > rows:  # asked before the copying, which pushes all else out of the caches
+            for x in (features, locations):
+                if x is not None:
+                    x[rows:].zero_()
+        store.gather(
+            self.images, self.cu_images[:-1], features, locations, taken=self.detected, sizes=sizes, threads=threads
+        )
+        if candidates is not None:
+            candidates.gather(*self._annotated(), features, locations, sizes=sizes, global_row=False, threads=threads)
 
     def fill_bytes(self, values: Tensor, scales: Tensor, threads: int) -> None:
         """The same without conversion, from stores of bytes: uint8 [R, F], and float32 [R, 1] to multiply them by. Global rows

@@ -204,6 +204,8 @@ def _below(root: Path, path: Path | str) -> Path:
 
 
 _FILES = ("candidates", "answers", "hard_negatives")
+_PREPARE = "correct the path, or prepare the file"
+_MAKE_STORE = "make the store with python -m pipelines.convert or pipelines.extract, or correct the path"
 
 
 def _useless_links(sheet: Sheet) -> Iterator[BadInput]:
@@ -214,8 +216,11 @@ def _useless_links(sheet: Sheet) -> Iterator[BadInput]:
 
 
 def _missing_files(sheet: Sheet, sets: list[str]) -> Iterator[BadInput]:
-    if not sheet.vocabulary.is_file():
-        yield _missing(f"{sheet.path}: vocabulary", sheet.vocabulary)
+    if sheet.vocabulary.is_dir():
+        mend = "name the file in it, such as vocab.txt"
+        yield BadInput(f"{sheet.path}: vocabulary", f"a folder, not a file: {sheet.vocabulary}", mend)
+    elif not sheet.vocabulary.exists():
+        yield _missing(f"{sheet.path}: vocabulary", sheet.vocabulary, _PREPARE)
     for name in sets:
         if name not in sheet.sets:
             yield BadInput(f"{sheet.path}: sets", f"no data set {name!r}", f"it has {', '.join(sorted(sheet.sets))}")
@@ -226,11 +231,12 @@ def _missing_files(sheet: Sheet, sets: list[str]) -> Iterator[BadInput]:
         }  # fmt: skip
         for key, file in {**files, **{key: getattr(entry, key) for key in _FILES}}.items():
             if file is not None and not file.exists():
-                yield _missing(f"{sheet.path}: sets.{name}.{key}", file)
+                is_store = key.startswith(("features", "candidates"))
+                yield _missing(f"{sheet.path}: sets.{name}.{key}", file, _MAKE_STORE if is_store else _PREPARE)
 
 
-def _missing(where: str, file: Path) -> MissingFile:
-    return MissingFile(where, f"no such file: {file}", "correct the path, or prepare the file")
+def _missing(where: str, file: Path, mend: str) -> MissingFile:
+    return MissingFile(where, f"no such file: {file}", mend)
 
 
 def _problem(path: Path, item: Any) -> BadInput:
@@ -317,5 +323,5 @@ def _existing(value: Any, root: Path, where: str, problems: list[BadInput]) -> A
         return value
     path = _below(root, value)
     if not path.exists():
-        problems.append(_missing(where, path))
+        problems.append(_missing(where, path, _PREPARE))
     return path

@@ -5,6 +5,7 @@ Both write stores of their own from the same images, so that the bytes read are 
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +22,18 @@ from bench.pipeline_images import HEIGHT, WIDTH, Image
 KEYS = 120_000
 """Entries of the list of ids that the authors search: as many as COCO has images."""
 
-Padded = tuple[Tensor, Tensor]
-"""float32 [B, rows, F] features and [B, rows, 5 or 7] locations."""
+ROWS, WORDS = 101, 23
+"""Region rows and text tokens that the authors pad VQA to."""
+
+Padded = tuple[Tensor, ...]
+"""float32 [B, rows, F] features, [B, rows, 5 or 7] locations, and the masks that go with them."""
 
 
 class AuthorsReader:
-    """Spec section 5.1: a pickled dictionary of float32 arrays per image, looked up by linear search in the list of ids; the
-    mean, the padding in float64 and the conversion back are done for every sample, in Python."""
+    """The image side of the authors' samples. Spec section 5.1: a pickled dictionary of float32 arrays per image (no base64:
+    that was an older form), looked up by linear search in the list of ids. Sections 3.1 and 7.2: the mean, the padding in
+    float64, the conversion back, the image mask from a list and a co-attention mask of zeros, for every sample, in Python.
+    The boxes in pixels too, which no data set uses (`vilbert/datasets/_image_features_reader.py` of their repository)."""
 
     first_row = 1
 
@@ -53,17 +59,22 @@ class AuthorsReader:
 
     def batch(self, keys: list[str]) -> Padded:
         samples = [self._sample(key) for key in keys]
-        return torch.stack([features for features, _ in samples]), torch.stack([places for _, places in samples])
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
 
-    def _sample(self, key: str) -> tuple[Tensor, Tensor]:
-        features, locations = self._read(key)
+    def _sample(self, key: str) -> Padded:
+        features, locations, _ = self._read(key)
         rows = len(features)
-        padded = np.zeros((101, features.shape[1]))
-        padded_locations = np.zeros((101, 5))
+        padded = np.zeros((ROWS, features.shape[1]))
+        padded_locations = np.zeros((ROWS, 5))
         padded[:rows], padded_locations[:rows] = features, locations
-        return torch.tensor(padded).float(), torch.tensor(padded_locations).float()
+        mask = [1] * rows
+        while len(mask) < ROWS:
+            mask.append(0)
+        co_attention_mask = torch.zeros((ROWS, WORDS))
+        locations = torch.tensor(padded_locations).float()
+        return torch.tensor(padded).float(), locations, torch.tensor(mask).long(), co_attention_mask
 
-    def _read(self, key: str) -> tuple[Any, Any]:
+    def _read(self, key: str) -> tuple[Any, Any, Any]:
         self._ids.index(key.encode())
         with self._env.begin(write=False) as transaction:
             item = pickle.loads(transaction.get(key.encode()) or b"")  # noqa: S301  (written by this benchmark)
@@ -73,11 +84,15 @@ class AuthorsReader:
         locations = np.zeros((len(boxes), 5), dtype=np.float32)
         locations[:, :4] = boxes
         area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 2] - boxes[:, 0])
-        locations[:, 4] = area / (float(item["image_w"]) * float(item["image_h"]))
-        locations[:, [0, 2]] /= float(item["image_w"])
-        locations[:, [1, 3]] /= float(item["image_h"])
-        whole = np.array([[0, 0, 1, 1, 1]])
-        return features, np.concatenate([whole, locations], axis=0)
+        width, height = int(item["image_w"]), int(item["image_h"])
+        locations[:, 4] = area / (float(width) * float(height))
+        pixels = copy.deepcopy(locations)
+        for column, size in enumerate((width, height, width, height)):
+            locations[:, column] = locations[:, column] / float(size)
+        whole = np.expand_dims(np.array([0, 0, 1, 1, 1]), axis=0)
+        whole_pixels = np.expand_dims(np.array([0, 0, width, height, width * height]), axis=0)
+        locations = np.concatenate([whole, locations], axis=0)
+        return features, locations, np.concatenate([whole_pixels, pixels], axis=0)
 
 
 class UniterReader:

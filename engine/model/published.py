@@ -30,8 +30,8 @@ PUBLISHED_HEADS = {
 }
 """The paper's six task heads with their published sizes."""
 
-_WORDS = "bert.embeddings.word_embeddings.weight"
-_TIED = "cls.predictions.decoder.weight"
+WORDS = "bert.embeddings.word_embeddings.weight"
+TIED = "cls.predictions.decoder.weight"
 _LISTED = 6
 
 
@@ -40,7 +40,7 @@ def published_shapes(config: ModelConfig, heads: Mapping[str, HeadSpec]) -> dict
     with torch.device("meta"):
         whole = ViLBERT(config, {**PUBLISHED_HEADS, **heads}, pretraining=True)
     shapes = {key: tuple(view.shape) for key, view in whole.published()}
-    shapes[_TIED] = shapes[_WORDS]
+    shapes[TIED] = shapes[WORDS]
     for k in range(config.n_bridges):  # in the checkpoint, called by nothing
         for side, width in ((1, config.v_hidden_size), (2, config.hidden_size)):
             shapes[f"bert.encoder.c_layer.{k}.biOutput.q_dense{side}.weight"] = (width, config.bi_hidden_size)
@@ -60,7 +60,7 @@ def load_published(
     and then keep the weights they have; those are returned. Raises BadInput that lists missing, unexpected or misshapen
     keys. What a run exported without having trained it (all zeros) counts as absent.
     """
-    state = {_modern_name(key): value for key, value in state.items()}
+    state = {modern_name(key): value for key, value in state.items()}
     trained = dict(model.published())
     known = published_shapes(model.config, model.head_specs)
     untrained = _never_trained(model, state)
@@ -76,7 +76,7 @@ def load_published(
     missing = [key for key in missing if not any(_under(key, prefix) for prefix in fresh)]
     unexpected = sorted(key for key in state if key not in known)
     if missing or unexpected:
-        raise BadInput(where, _listing(missing, unexpected, bool(untrained)), _mend(missing))
+        raise BadInput(where, listing(missing, unexpected, bool(untrained)), _mend(missing))
     for key, target in trained.items():
         if key in state and state[key].shape != target.shape:
             raise BadInput(
@@ -84,12 +84,12 @@ def load_published(
                 f"shape {list(state[key].shape)}, the model has {list(target.shape)}",
                 "use the checkpoint's configuration and answer vocabulary, or name the key's prefix under fresh_weights",
             )
-    if _TIED in state and _WORDS in state and not torch.equal(state[_TIED], state[_WORDS]):
-        raise BadInput(f"{where}: {_TIED}", f"differs from {_WORDS}, to which it is tied", "the file is damaged")
+    if TIED in state and WORDS in state:
+        refuse_untied(state, where)
     for key, target in trained.items():
         if key in state:
             target.copy_(state[key])
-    model.carried = {key: value.clone() for key, value in state.items() if key not in trained and key != _TIED}
+    model.carried = {key: value.clone() for key, value in state.items() if key not in trained and key != TIED}
     return absent
 
 
@@ -98,7 +98,7 @@ def export_published(model: ViLBERT, exact: Mapping[nn.Parameter, Tensor] | None
     state: dict[str, Tensor] = {}
     trained = {key: value for block in model.blocks() for key, value in block.published(exact=exact)}
     for key, shape in published_shapes(model.config, model.head_specs).items():
-        if key == _TIED:
+        if key == TIED:
             continue
         if key in trained:
             value = trained[key]
@@ -107,7 +107,7 @@ def export_published(model: ViLBERT, exact: Mapping[nn.Parameter, Tensor] | None
         else:
             value = torch.ones(shape) if is_scale(key) else torch.zeros(shape)
         state[key] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    state[_TIED] = state[_WORDS].clone()
+    state[TIED] = state[WORDS].clone()
     return state
 
 
@@ -127,7 +127,7 @@ def flats_of_published(model: ViLBERT, state: Mapping[str, Tensor], where: Path)
                 raise ValueError(f"{key} is {list(state[key].shape)}, the model has {list(part.shape)}")
             part.of(flat).copy_(state[key])
         flats[named.key] = flat
-    model.carried = {key: value.clone() for key, value in state.items() if key not in trained and key != _TIED}
+    model.carried = {key: value.clone() for key, value in state.items() if key not in trained and key != TIED}
     return flats
 
 
@@ -165,7 +165,7 @@ def load_bert(model: ViLBERT, folder_or_file: Path) -> int:
         if not candidates:
             raise BadInput(path, "holds neither model.safetensors nor pytorch_model.bin")
         path = candidates[0]
-    state = {_modern_name(key): value for key, value in read_state(path).items()}
+    state = {modern_name(key): value for key, value in read_state(path).items()}
     if not any(key.startswith("bert.") for key in state):
         state = {key if key.startswith("cls.") else f"bert.{key}": value for key, value in state.items()}
     wanted = {
@@ -176,7 +176,7 @@ def load_bert(model: ViLBERT, folder_or_file: Path) -> int:
     }
     missing = sorted(key for key in wanted if key not in state and not key.startswith("cls."))
     if missing:
-        raise BadInput(path, _listing(missing), "is this a BERT of the text stream's size?")
+        raise BadInput(path, listing(missing), "is this a BERT of the text stream's size?")
     for key, target in wanted.items():
         if key not in state:
             continue
@@ -187,7 +187,14 @@ def load_bert(model: ViLBERT, folder_or_file: Path) -> int:
     return sum(key in state for key in wanted)
 
 
-def _modern_name(key: str) -> str:
+def refuse_untied(state: Mapping[str, Tensor], where: object) -> None:
+    """Raises BadInput where the two names of the word table hold different values."""
+    if not torch.equal(state[TIED], state[WORDS]):
+        raise BadInput(f"{where}: {TIED}", f"differs from {WORDS}, to which it is tied", "the file is damaged")
+
+
+def modern_name(key: str) -> str:
+    """A published key as it is written today: no `module.`, weight and bias of LayerNorms."""
     key = key.removeprefix("module.")
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         if key.endswith(old):
@@ -211,7 +218,9 @@ def _never_trained(model: ViLBERT, state: Mapping[str, Tensor]) -> set[str]:
     return keys
 
 
-def _listing(missing: list[str], unexpected: Sequence[str] = (), untrained: bool = False) -> str:
+def listing(missing: list[str], unexpected: Sequence[str] = (), untrained: bool = False) -> str:
+    """What is wrong with a set of keys, the first few of each kind named."""
+
     def some(keys: Sequence[str]) -> str:
         return ", ".join(keys[:_LISTED]) + (f", … ({len(keys) - _LISTED} more)" if len(keys) > _LISTED else "")
 

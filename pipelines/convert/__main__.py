@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import butd_tsv, npz, store, uniter_lmdb, vilbert_lmdb, vinvl_pt
+from pipelines.convert.guess import guess
 from pipelines.convert.source import Sizes, SourceImage, read_sizes
 from pipelines.errors import BadInput
 from pipelines.identity import image_key
@@ -71,11 +72,19 @@ def convert(
         raise BadInput("--limit", f"{limit} images are none", "give 1 or more")
     if target.exists():
         raise BadInput(target, "exists already", "remove it or choose another name")
-    found = islice(FORMATS[source_format](source, read_sizes(sizes) if sizes else None), limit)
-    first = next(found, None)
-    if first is None:
-        raise BadInput(source, "no image in it", "is it the right FORMAT?")
-    shape = np.shape(first.load().features)
+    given_sizes = read_sizes(sizes) if sizes else None
+    try:
+        found = islice(FORMATS[source_format](source, given_sizes), limit)
+        first = next(found, None)
+        if first is None:
+            raise BadInput(source, "no image in it", "is it the right FORMAT?")
+        shape = np.shape(first.load().features)
+    except BadInput as error:
+        other = guess(source)
+        if other is None or other == source_format:
+            raise
+        mend = f"this looks like FORMAT {other}, not {source_format}"
+        raise BadInput(error.where, error.what, mend) from error
     if len(shape) != 2:
         raise BadInput(first.where, f"features of shape {list(shape)}, expected [n, feature_dim]")
     with StoreWriter(target, shape[1], dtype, f"{source_format} {source.name}", resume) as writer:

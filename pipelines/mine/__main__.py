@@ -4,7 +4,8 @@ CONFIG is a data sheet or a run configuration. Every retrieval set of it is mine
 training split, as training reads it. What is written is what the sheet's key hard_negatives takes.
 
   --by features   Euclidean distance of the mean of all detected regions of an image (the authors' way)
-  --by captions   TF-IDF of word pieces: the mean cosine of all pairs of a caption of one image and one of the other
+  --by captions   TF-IDF of word pieces: the mean cosine of all pairs of a caption of one image and one of the other; the
+                  features need not be there
 
 Both are exact: the result is that of brute force, of equal neighbours the image first in the store comes first, and
 memory, device and interruptions change no bit of it. While it runs, finished rows lie in FILE.partial; FILE appears
@@ -19,17 +20,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from pipelines.datasets import DataSpec, TaskData, load_task
 from pipelines.errors import BadInput
 from pipelines.mine.authors import read_pool
+from pipelines.mine.images import NamedImages
 from pipelines.mine.job import METHODS, Means, mine, write_pool
 from pipelines.mine.summary import summary
 from pipelines.progress import progress_on_stderr
 from pipelines.runs import TASK_TABLE, RunData, read_run
 from pipelines.sheet import Sheet, inspect_sheet
+from pipelines.store.reader import FeatureStore
 from pipelines.wordpiece import WordPiece
 
 _TARGET = "options"
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = _check(options)
         run = read_run(options.config, options.tasks_table, options.sets)
         specs = _retrieval(run, options)
-        sheet = _sheet(run.sheet_path(), [spec.name for spec in specs])
+        sheet = _sheet(run.sheet_path(), [spec.name for spec in specs], _looks_at_features(options))
         targets = {spec.name: _target(sheet, spec, options) for spec in specs}
         tokenizer = WordPiece.load(sheet.vocabulary)
         for spec in specs:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if target.exists():
                 print(f"{target} is there already: nothing to do")
                 continue
-            data = _load(sheet, spec, tokenizer)
+            data = _load(sheet, spec, tokenizer, _looks_at_features(options))
             for line in _one_set(data, target, device, tokenizer, options):
                 print(line)
             print(f"wrote {target}; the data sheet, below sets.{spec.name}, takes it as")
@@ -119,12 +123,17 @@ def _retrieval(run: RunData, options: argparse.Namespace) -> list[DataSpec]:
     return specs
 
 
-def _sheet(path: Path, names: list[str]) -> Sheet:
-    """The sheet; the pools of these sets need not be there yet. Raises the first problem found."""
+def _looks_at_features(options: argparse.Namespace) -> bool:
+    return options.by == "features" and options.authors is None
+
+
+def _sheet(path: Path, names: list[str], features: bool) -> Sheet:
+    """The sheet; the pools of these sets need not be there yet, nor features that nobody looks at. Raises the first problem."""
     sheet, problems = inspect_sheet(path, names)
-    to_make = [f"{path}: sets.{name}.hard_negatives" for name in names]
+    unneeded = ("hard_negatives",) if features else ("hard_negatives", "features")
+    to_make = tuple(f"{path}: sets.{name}.{key}" for name in names for key in unneeded)
     for problem in problems:
-        if problem.where not in to_make:
+        if not str(problem.where).startswith(to_make):
             raise problem
     assert sheet is not None  # or there was a problem
     return sheet
@@ -139,10 +148,15 @@ def _target(sheet: Sheet, spec: DataSpec, options: argparse.Namespace) -> Path:
     return target
 
 
-def _load(sheet: Sheet, spec: DataSpec, tokenizer: WordPiece) -> TaskData:
-    """The training split, without the pool that is to be made."""
+def _load(sheet: Sheet, spec: DataSpec, tokenizer: WordPiece, features: bool) -> TaskData:
+    """The training split, without the pool that is to be made. Where no `features` are looked at, none need to be there."""
     entry = sheet.entry(spec.name).model_copy(update={"hard_negatives": None})
-    return load_task(spec, replace(sheet, sets={**sheet.sets, spec.name: entry}), "train", tokenizer)
+    sheet = replace(sheet, sets={**sheet.sets, spec.name: entry})
+    if features:
+        return load_task(spec, sheet, "train", tokenizer)
+    examples = sheet.examples(spec.name, "train", spec.reader)
+    named = NamedImages(sheet.path, (image for example in examples for image in example.images))
+    return load_task(spec, sheet, "train", tokenizer, store=cast(FeatureStore, named))  # which is asked for keys alone
 
 
 def _one_set(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipelines.boxes import Float32
-from pipelines.copy_runs import DTYPES, copy_runs, scale_runs
+from pipelines.copy_runs import DTYPES, Records, copy_runs, gather_records
 from pipelines.errors import BadInput
 from pipelines.store.record import HEADER_BYTES, Record
 from pipelines.store.shard import Shard
@@ -66,14 +66,17 @@ class FeatureStore:
         self._row_in_shard = merged(np.arange(len(shard.offsets)) for shard in self._shards)
         # Addresses of the records' parts; the shards keep the maps alive.
         starts = [shard.file_bytes.ctypes.data + shard.offsets for shard in self._shards]
-        self._means = merged(start + HEADER_BYTES for start in starts)
-        self._boxes = merged(start + shard.layout.boxes for start, shard in zip(starts, self._shards, strict=True))
-        self._scales = merged(start + shard.layout.scales for start, shard in zip(starts, self._shards, strict=True))
-        self.feature_addresses: Rows = merged(
-            start + shard.layout.features for start, shard in zip(starts, self._shards, strict=True)
+        layouts = [shard.layout for shard in self._shards]
+        self.records = Records(
+            DTYPES[self.dtype],
+            self.feature_dim,
+            merged(start + HEADER_BYTES for start in starts),
+            merged(start + layout.boxes for start, layout in zip(starts, layouts, strict=True)),
+            merged(start + layout.scales for start, layout in zip(starts, layouts, strict=True)),
+            merged(start + layout.features for start, layout in zip(starts, layouts, strict=True)),
         )
-        """int64 [images]: where the features of each image lie in this process's memory."""
-        self._probs = merged(start + shard.layout.probs for start, shard in zip(starts, self._shards, strict=True))
+        """Where the parts of each record lie in this process's memory."""
+        self._probs = merged(start + layout.probs for start, layout in zip(starts, layouts, strict=True))
         self._verify = verify
         self._unverified = np.full(len(self), verify != "never")
         self.release()
@@ -119,33 +122,33 @@ class FeatureStore:
         self,
         rows: ArrayLike,
         starts: ArrayLike,
-        features: Tensor,
+        features: Tensor | None,
+        locations: Tensor | None = None,
         *,
         taken: ArrayLike | None = None,
+        sizes: NDArray[np.int32] | None = None,
         global_row: bool = True,
         threads: int = 1,
     ) -> None:
-        """Copy the features of many images into preallocated rows: the way from the memory map to a batch.
+        """Copy many images into preallocated rows: the way from the memory map to a batch.
 
         Image i (`rows[i]`, from `index`) fills the rows of `features` from `starts[i]` on: its global row (the mean of all
-        its regions) unless `global_row` is false, then its first `taken[i]` regions, by default all. `features`: [R, F]
-        float32 or bfloat16 on the CPU, contiguous. Values are converted once, rounded to nearest even; other rows are left
-        alone. `threads` share the copying. Raises BadInput for a damaged record, before anything is copied.
+        its regions) unless `global_row` is false, then its first `taken[i]` regions, by default all; and the same rows of
+        `locations`, what the model reads of their boxes (`pipelines.boxes.locations`), in shares of `sizes` [n, 2], by
+        default the images' own. `features`: [R, F] float32 or bfloat16 on the CPU, `locations`: float32 [R, 5], contiguous;
+        None: these are not wanted. Values are converted once, rounded to nearest even; other rows are left alone. `threads`
+        share the copying. Raises BadInput for a damaged record, before anything is copied.
         """
-        images, first, counts = self._places(rows, starts, taken, global_row, len(features))
-        width, dtype = self.feature_dim, features.dtype
-        if features.shape[1:] != (width,) or not features.is_contiguous():
-            raise ValueError(f"features of shape {list(features.shape)}, wanted contiguous [rows, {width}]")
+        wanted = [(x, n) for x, n in ((features, self.feature_dim), (locations, 5)) if x is not None]
+        for x, columns in wanted:
+            if x.shape[1:] != (columns,) or not x.is_contiguous():
+                raise ValueError(f"{list(x.shape)}, wanted contiguous [rows, {columns}]")
+        room = min(x.shape[0] for x, _ in wanted)
+        images, first, counts = self._places(rows, starts, taken, global_row, room)
         self._verify_rows(images)
-        targets = features.data_ptr() + first * (width * dtype.itemsize)
-        if global_row:
-            copy_runs(torch.float32, dtype, self._means[images], targets, np.full_like(images, width))
-            targets = targets + width * dtype.itemsize
-        source = self.feature_addresses[images]
-        if self.dtype == "uint8":
-            scale_runs(dtype, width, source, self._scales[images], targets, counts, threads)
-        else:
-            copy_runs(DTYPES[self.dtype], dtype, source, targets, counts * width, threads)
+        if sizes is None:
+            sizes = self.sizes[images]
+        gather_records(self.records, images, counts, first, sizes, features, locations, global_row, threads)
 
     def gather_bytes(
         self,
@@ -169,8 +172,8 @@ class FeatureStore:
         assert scales.shape[1:] == (1,) and scales.is_contiguous()
         self._verify_rows(images)
         targets = values.data_ptr() + first * width
-        copy_runs(torch.uint8, torch.uint8, self.feature_addresses[images], targets, counts * width, threads)
-        copy_runs(torch.float32, torch.float32, self._scales[images], scales.data_ptr() + first * 4, counts)
+        copy_runs(torch.uint8, torch.uint8, self.records.features[images], targets, counts * width, threads)
+        copy_runs(torch.float32, torch.float32, self.records.scales[images], scales.data_ptr() + first * 4, counts)
 
     def gather_boxes(
         self,
@@ -189,7 +192,7 @@ class FeatureStore:
             boxes[first, 2:] = self.sizes[images]
         assert boxes.flags.c_contiguous and boxes.dtype == np.float32
         targets = boxes.ctypes.data + (first + global_row) * 16
-        copy_runs(torch.float32, torch.float32, self._boxes[images], targets, counts * 4)
+        copy_runs(torch.float32, torch.float32, self.records.boxes[images], targets, counts * 4)
 
     def gather_probs(self, rows: ArrayLike, regions: ArrayLike, probs: Tensor) -> None:
         """The class distributions of single regions: region `regions[i]` of image `rows[i]` into row i of `probs`, float32
@@ -222,8 +225,8 @@ class FeatureStore:
         counts = self.counts[images].astype(np.int64)
         if taken is not None:
             counts = np.minimum(counts, np.asarray(taken, np.int64))
-        ends = first + counts + global_row
-        if len(images) and (first.min() < 0 or ends.max() > room or counts.min() < 0 or images.min() < 0):
+        ends = first + counts + int(global_row)
+        if ((room - ends) | first | counts | images).min(initial=0) < 0:  # one of them is negative
             raise IndexError(f"rows {first.min()} to {ends.max()} of {room}")
         return images, first, counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -78,7 +79,7 @@ class StoreWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock()
         except OSError as error:
-            raise BadInput(self.partial, f"cannot write here: {error.strerror}") from error
+            raise self._unwritable(error.strerror, error.errno == errno.ENOSPC) from error
         try:
             if self._resume:
                 self._take_over()
@@ -87,7 +88,7 @@ class StoreWriter:
         except BaseException as error:
             os.close(self._lock_file)
             if isinstance(error, lmdb.Error):
-                raise BadInput(self.partial, f"cannot write here: {error}") from error
+                raise self._unwritable(error, True) from error
             raise
         return self
 
@@ -226,10 +227,14 @@ class StoreWriter:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
             except lmdb.Error as error:
                 self._disk_failed = True
-                free = shutil.disk_usage(self.partial).free
-                raise BadInput(
-                    self.partial, f"cannot write: {error}; {free / 1e9:.2f} GB free", "make room, then --resume"
-                ) from error
+                raise self._unwritable(error, True) from error
+
+    def _unwritable(self, why: object, resumable: bool) -> BadInput:
+        """`resumable`: once there is room."""
+        folder = self.partial if self.partial.exists() else self.partial.parent
+        free = f"; {shutil.disk_usage(folder).free / 1e9:.2f} GB free" if folder.exists() else ""
+        mend = "make room, then --resume" if resumable else "is it a folder that you may write to?"
+        return BadInput(self.partial, f"cannot write here: {why}{free}", mend)
 
     def _finish(self) -> None:
         if not self._index:

@@ -7,7 +7,11 @@ from pathlib import Path
 import yaml
 
 from engine.config import RunConfig, load
+from engine.train import main
 from tests.pipelines.small import FEATURES, build
+
+ITERATIONS, TASKS = 12, 5
+SETTINGS = (f"max_iterations={ITERATIONS}", "checkpoint.every=2", "stopgo.gap=2")
 
 ROWS: dict[str, dict[str, object]] = {
     "heads": {
@@ -53,3 +57,11 @@ def configure(folder: Path, *overrides: str) -> RunConfig:
         }  # fmt: skip
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return load(folder / "run.yaml", list(overrides))
+
+
+def train(data: Path, output: Path, precision: str, *more: str) -> int:
+    return main(["--config", str(data / "run.yaml"), f"output={output}", f"precision={precision}", *SETTINGS, *more])
+
+
+def resume(folder: Path) -> int:
+    return main(["--resume", str(folder)])

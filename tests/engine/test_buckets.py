@@ -203,6 +203,20 @@ def test_one_slab_holds_everything(name: str) -> None:
     assert_equal(batch.to("cpu"), batch)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_equal_batches_have_equal_slabs(name: str) -> None:
+    def dirty(nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 255, dtype=torch.uint8)
+
+    batch = pad(batch_of(name))
+    first = in_one_slab(batch, pageable)
+    again = in_one_slab(first, dirty)  # from a batch that has a slab, in memory that held something else
+    other = in_one_slab(batch, lambda nbytes: torch.zeros(nbytes + 256, dtype=torch.uint8)[256:])
+    assert first.slab is not None and again.slab is not None and other.slab is not None
+    assert torch.equal(again.slab, other.slab) and first.slab.shape == again.slab.shape
+    assert_equal(again, other)
+
+
 @pytest.mark.parametrize("step", [1, 2, 16, 48])
 @pytest.mark.parametrize(
     ("items", "pairs", "k", "uses"),

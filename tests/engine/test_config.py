@@ -119,6 +119,10 @@ def test_task_rows_from_another_file(tmp_path: Path) -> None:
         ("model.task_rows=3", "task gqa has number 15, but the task-token table has 3 rows"),
         ("model.max_position_embeddings=20", "positions are fewer than max_tokens"),
         ("curriculum={kind: curriculum, groups: [[G7]]}", "curriculum.groups: no group G7"),
+        (
+            "masking.words=0.2",
+            "masking.words: no task of this run hides words or regions: nobody would read it (leave it out",
+        ),
         ("seed", "not of the form key=value"),
         ("seed=[", "no valid YAML"),
     ],

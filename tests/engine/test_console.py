@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -90,3 +91,13 @@ def test_closing_twice_is_harmless() -> None:
     console.start(10, ROWS, iteration=5)
     console.close()
     console.close()
+
+
+def test_a_reader_that_is_gone_ends_no_run() -> None:
+    """As where the ssh of a launcher ends: rich would end the process, before it has saved."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        console = Console("plain", stream)
+        for _ in range(2):
+            console.message("nobody hears this")

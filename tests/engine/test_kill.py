@@ -9,63 +9,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import figures, step, validation
+from engine import step, validation
 from engine.checkpoint import checkpoints
 from engine.journal import CLOCK_COLUMNS, read_rows
-from engine.train import main
-from tests.engine.small_run import configure
+from tests.engine.small_run import ITERATIONS, TASKS, resume, train
 from tests.reference import ROOT
 
-ITERATIONS, TASKS = 12, 5
-SETTINGS = (f"max_iterations={ITERATIONS}", "checkpoint.every=2", "stopgo.gap=2")
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
-    for name in ("dsg_timeline", "curves", "scores"):
-        monkeypatch.setattr(figures, name, lambda folder: folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    configure(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that nobody disturbs, by precision."""
-
-    @cache
-    def run(precision: str) -> Path:
-        folder = tmp_path_factory.mktemp(precision) / "run"
-        assert train(data, folder, precision) == 0
-        return folder
-
-    return run
-
-
-def train(data: Path, output: Path, precision: str, *more: str) -> int:
-    return main(["--config", str(data / "run.yaml"), f"output={output}", f"precision={precision}", *SETTINGS, *more])
-
-
-def resume(folder: Path) -> int:
-    return main(["--resume", str(folder)])
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from engine import step
-from tests.engine.test_kill import train
+from tests.engine.small_run import train
 from tests.pipelines.small import build
 
 data, output, precision, after, more = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5:]
@@ -120,23 +82,23 @@ def assert_same(undisturbed: Path, resumed: Path) -> None:
     ],
 )
 def test_a_killed_run_continues_to_the_bit(
-    data: Path, tmp_path: Path, straight: Callable[[str], Path], number: int, precision: str
+    small_data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], number: int, precision: str
 ) -> None:
     """`number` only tells the draws apart."""
     after = random.SystemRandom().randrange(2 * TASKS, 8 * TASKS)
     print(f"killed after {after} task steps")  # shown if it fails
-    train_and_kill(data, tmp_path / "killed", precision, after)
+    train_and_kill(small_data, tmp_path / "killed", precision, after)
     assert resume(tmp_path / "killed") == 0
-    assert_same(straight(precision), tmp_path / "killed")
+    assert_same(undisturbed(precision), tmp_path / "killed")
 
 
 def test_a_run_killed_before_its_first_checkpoint_says_so(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_and_kill(data, tmp_path / "killed", "float32", after=1)
+    train_and_kill(small_data, tmp_path / "killed", "float32", after=1)
     assert resume(tmp_path / "killed") == 2
     assert "no usable checkpoint (start a new run)" in capsys.readouterr().err
-    assert train(data, tmp_path / "killed", "float32") == 2
+    assert train(small_data, tmp_path / "killed", "float32") == 2
     assert "already holds a run" in capsys.readouterr().err
 
 
@@ -156,9 +118,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize(("owner", "name", "call"), [(step, "train_step", 17), (validation, "outcome", 8)])
 def test_a_signal_saves_and_the_run_continues_to_the_bit(
-    data: Path,
+    small_data: Path,
     tmp_path: Path,
-    straight: Callable[[str], Path],
+    undisturbed: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
     name: str,
@@ -168,7 +130,7 @@ def test_a_signal_saves_and_the_run_continues_to_the_bit(
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         interrupt(patch, owner, name, call, number)
-        assert train(data, tmp_path / "stopped", "float32") == 75
+        assert train(small_data, tmp_path / "stopped", "float32") == 75
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     last = read_rows(tmp_path / "stopped" / "events.jsonl")[-2:]
     assert [(row["event"], row.get("name"), row.get("reason")) for row in last] == [
@@ -176,34 +138,34 @@ def test_a_signal_saves_and_the_run_continues_to_the_bit(
         ("end", None, "signal"),
     ]
     assert resume(tmp_path / "stopped") == 0
-    assert_same(straight("float32"), tmp_path / "stopped")
+    assert_same(undisturbed("float32"), tmp_path / "stopped")
 
 
 def test_an_interrupt_before_training_leaves_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("engine.train.assemble", interrupted)
-    assert train(data, tmp_path / "run", "float32") == 130
+    assert train(small_data, tmp_path / "run", "float32") == 130
     assert capsys.readouterr().err.startswith("interrupted;")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_can_be_resumed_and_stays_as_it_is(data: Path, tmp_path: Path) -> None:
-    assert train(data, tmp_path / "run", "float32") == 0
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(small_data: Path, tmp_path: Path) -> None:
+    assert train(small_data, tmp_path / "run", "float32") == 0
     before = rows(tmp_path / "run" / "events.jsonl", "validation", "decision", "result", "end")
     assert resume(tmp_path / "run") == 0
     assert rows(tmp_path / "run" / "events.jsonl", "validation", "decision", "result", "end") == before
 
 
 def test_a_second_run_in_a_used_folder_is_refused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert train(data, tmp_path / "run", "float32") == 2
+    assert train(small_data, tmp_path / "run", "float32") == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'run'}: already holds a run (choose another output, output=auto, or --resume it)\n"
     )

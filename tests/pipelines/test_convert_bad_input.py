@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from pipelines.convert.__main__ import convert
 from pipelines.errors import BadInput
 from pipelines.store.reader import FeatureStore
-from tests.pipelines.stores import HEIGHT, WIDTH, made_up
+from tests.pipelines.stores import HEIGHT, WIDTH, made_up, write_store
 from tests.reference import ROOT
 
 FEATURES, BOXES, PROBS = made_up(8, classes=4)
@@ -200,6 +201,39 @@ def test_a_hostile_or_damaged_authors_lmdb(tmp_path: Path) -> None:
     hostile_list = write_lmdb(tmp_path / "h", {b"7": authors_record(), b"keys": pickle.dumps([Hostile(proof)])})
     refuse("vilbert-lmdb", hostile_list, "the pickle asks for")
     assert not proof.exists()
+
+
+UNITER_VALUE = msgpack.packb({"features": {"nd": True}, "norm_bb": {"nd": True}, "soft_labels": {"nd": True}})
+OTHERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "vilbert-lmdb": (
+        "uniter-lmdb",
+        lambda path: write_lmdb(path, {b"7": authors_record(), b"keys": pickle.dumps([b"7"])}),
+    ),
+    "uniter-lmdb": ("vilbert-lmdb", lambda path: write_lmdb(path, {b"__keys__": b'["7"]', b"7": UNITER_VALUE})),
+    "store": ("vilbert-lmdb", lambda path: write_store(path, 2)),
+    "butd-tsv": ("npz", lambda path: write_text(path / "a.tsv", tsv_line("7"))),
+    "npz": ("butd-tsv", lambda path: write_text(path / "a.npz", "")),
+}
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.parent.mkdir()
+    path.write_text(text)
+    return path.parent
+
+
+@pytest.mark.parametrize("is_format", OTHERS)
+def test_the_wrong_format_names_the_right_one(tmp_path: Path, is_format: str) -> None:
+    named, write = OTHERS[is_format]
+    refuse(named, write(tmp_path / "source"), rf"\(this looks like FORMAT {is_format}, not {named}\)")
+
+
+@pytest.mark.parametrize("named", ["vilbert-lmdb", "uniter-lmdb", "store", "npz"])
+def test_a_source_like_no_format_gets_no_hint(tmp_path: Path, named: str) -> None:
+    source = write_lmdb(tmp_path / "source", {b"7": b"hello"})
+    with pytest.raises(BadInput) as caught:
+        convert(named, source, tmp_path / "out")
+    assert "looks like" not in str(caught.value)
 
 
 def test_a_truncated_foreign_lmdb_is_refused(tmp_path: Path) -> None:

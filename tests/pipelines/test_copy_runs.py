@@ -1,4 +1,4 @@
-"""Both forms of `copy_runs` and `scale_runs`: bit for bit torch's conversion, by any number of threads."""
+"""Both forms of `copy_runs`: bit for bit torch's conversion, by any number of threads. Whole records: `test_store.py`."""
 
 from __future__ import annotations
 
@@ -75,22 +75,6 @@ def test_a_nan_stays_one() -> None:
             y = torch.zeros(4, dtype=target)
             copy_runs.copy_runs(source, target, addresses(x, [0]), addresses(y, [0]), np.array([4]))
             assert torch.equal(y.float().nan_to_num(nan=5.0), x.float().nan_to_num(nan=5.0))
-
-
-@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
-def test_rows_of_bytes_are_scaled(target: torch.dtype) -> None:
-    rows, width = [3, 0, 1, 4], 37
-    x = torch.arange(8 * width).to(torch.uint8).view(8, width)
-    scale = torch.rand(8, generator=torch.Generator().manual_seed(0))
-    y = torch.zeros(8, width, dtype=target)
-    first = [0, 3, 3, 4]
-    x_at, scale_at, y_at = (
-        addresses(x, [width * i for i in first]),
-        addresses(scale, first),
-        addresses(y, [width * i for i in first]),
-    )
-    copy_runs.scale_runs(target, width, x_at, scale_at, y_at, np.array(rows), threads=2)
-    assert torch.equal(y, (x * scale[:, None]).to(target))
 
 
 def test_wrong_arrays_are_refused() -> None:

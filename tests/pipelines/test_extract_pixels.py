@@ -141,7 +141,7 @@ def test_resizing_and_normalising_are_pils_bilinear_within_a_level(tmp_path: Pat
 def test_both_decoders_give_one_batch_the_same(tmp_path: Path) -> None:
     """Decoded: to the bit. Resized: to 1e-4 of a standard deviation, 0.006 levels, for sums have another order. But where
     an image is made smaller DALI repeats its border, torch and PIL leave it out: this shows in the outermost pixels."""
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed (make setup-dali)")
     files = write(tmp_path, {**GOOD, **{f"photo {n}": encoded(photo(n, 90 + 31 * n, 200 - 17 * n)) for n in range(9)}})
     for rule, allowed in ((None, 0.0), (Preprocessing(mean=RULE.mean, std=RULE.std), 1e-6), (RULE, 1e-4)):
         plain, dali = PlainDecoder(rule), DaliDecoder(rule, "cpu", len(files), silent)
@@ -173,7 +173,7 @@ def test_a_bad_image_is_named_and_the_others_of_its_batch_are_decoded(tmp_path: 
 
 
 def test_a_failure_of_dali_on_good_images_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    dali = pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed (make setup-dali)")
     said: list[str] = []
     decoder = DaliDecoder(None, "cpu", 1, said.append)
     file = write(tmp_path, {"good": _JPEG})[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +62,18 @@ def test_the_summary_says_how_near_neighbours_are(sheet: Path, capsys: pytest.Ca
     assert 1 > nearest > random > furthest > 0
     assert len(re.findall(r"^  image \d+(\n    [a-z ]+){3}$", shown, re.MULTILINE)) == 4
     assert "no nearer than a random one: give fewer --neighbours" in shown
+
+
+@pytest.mark.parametrize("how", [["--by", "captions"], ["--import", "pool.pkl"]])
+def test_what_looks_at_no_feature_needs_none(sheet: Path, how: list[str]) -> None:
+    pool = {"train_image_list": [*range(IMAGES)], "train_hard_pool": (np.arange(IMAGES)[:, None] + [0, 1, 2]) % IMAGES}
+    (sheet.parent / "pool.pkl").write_bytes(pickle.dumps(pool))
+    how = [how[0], str(sheet.parent / how[1]) if how[0] == "--import" else how[1]]
+    assert command(sheet, *how, "--out", str(sheet.parent / "with.npz")) == 0
+    shutil.rmtree(sheet.parent / "features.lmdb")
+    assert command(sheet, *how, "--out", str(sheet.parent / "without.npz")) == 0
+    assert (sheet.parent / "without.npz").read_bytes() == (sheet.parent / "with.npz").read_bytes()
+    assert command(sheet, "--out", str(sheet.parent / "x.npz")) == 2
 
 
 def test_twins_are_named(sheet: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import BadInput
-from pipelines.pickles import NUMPY, load_pickle
+from pipelines.pickles import NUMPY, check_pickle, load_pickle
 from tests.reference import reference
 
 PLAIN = {"a": [1, 2.5, None, True, ("x", b"y")], "n": 2**70, 3: "ü", "s": {4}}
@@ -208,3 +208,68 @@ def test_the_canary_pickles_are_what_they_claim() -> None:
     """The hand-written programs above are well-formed: it is the allow-list that stops them, not a parse error."""
     for data in (b"cbuiltins\neval\n(S'1'\ntR.", b"(S'1'\nios\nsystem\n."):
         assert any(opcode.name in ("GLOBAL", "INST") for opcode, _, _ in pickletools.genops(data))
+
+
+class Holder:
+    """A class that an inspected pickle may name; it counts what is done with it."""
+
+    touched = 0
+
+    def __new__(cls) -> Holder:
+        Holder.touched += 1
+        return super().__new__(cls)
+
+    def __init__(self) -> None:
+        self.value = 1
+
+    def __setstate__(self, state: object) -> None:
+        Holder.touched += 1
+
+
+HOLDERS = frozenset(
+    {
+        (Holder.__module__, "Holder"),
+        ("collections", "OrderedDict"),
+        ("copy_reg", "_reconstructor"),
+        ("__builtin__", "object"),
+    }
+)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_inspection_builds_nothing_and_names_what_is_not_allowed(tmp_path: Path, protocol: int) -> None:
+    content = [Holder(), OrderedDict(a=1), {"b": (1, 2)}]
+    data = pickle.dumps(content, protocol)
+    Holder.touched = 0
+    check_pickle(data, HOLDERS, where="file")
+    assert Holder.touched == 0
+    with pytest.raises(BadInput, match=r"file: the pickle asks for .*(Holder|_reconstructor)"):
+        check_pickle(data, frozenset({("collections", "OrderedDict")}), where="file")
+    canary = tmp_path / "canary"
+    with pytest.raises(BadInput, match=r"asks for \w+\.open"):
+        check_pickle(pickle.dumps([*content, Canary(canary)], protocol), HOLDERS, where="file")
+    assert not canary.exists()
+    pickle.loads(data)  # noqa: S301 - the test's own
+    assert Holder.touched, "the holder must be able to tell"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93.",  # names from the memo
+        b"\x80\x04(\x8c\x06system\x8c\x02os\x8c\x01xt0\x8c\x02os\x8c\x06system\x93.",  # a tuple made and dropped
+        b"\x80\x04\x8c\x02os\x8c\x07system \x30\x8c\x06system\x93.",  # another name dropped between
+        b"(ios\nsystem\n.",
+    ],
+    ids=["memo", "tuple", "pop", "inst"],
+)
+def test_no_trick_with_the_stack_hides_a_name_from_an_inspection(data: bytes) -> None:
+    with pytest.raises(BadInput, match=r"asks for os\.system"):
+        check_pickle(data, HOLDERS, where="file")
+
+
+def test_an_inspection_of_damage_is_bad_input() -> None:
+    data = pickle.dumps(PLAIN, 4)
+    for length in range(len(data)):
+        with pytest.raises(BadInput, match="not a whole pickle"):
+            check_pickle(data[:length], HOLDERS, where="cut")

@@ -63,7 +63,11 @@ CHANGES = {
     "wrong type": (lambda c: c["sets"]["answers"].update(train=3), r"sets\.answers\.train: input should be a"),
     "missing store": (
         lambda c: c["sets"]["answers"].update(features="gone.lmdb"),
-        r"sets\.answers\.features: no such file: .*gone\.lmdb",
+        r"sets\.answers\.features: no such file: .*gone\.lmdb \(make the store with python -m pipelines\.convert",
+    ),
+    "a folder as vocabulary": (
+        lambda c: c.update(vocabulary="."),
+        r"sheet\.yaml: vocabulary: a folder, not a file: .* \(name the file in it, such as vocab\.txt\)",
     ),
     "missing vocabulary": (lambda c: c.update(vocabulary="gone.txt"), r"vocabulary: no such file: .*gone\.txt"),
 }

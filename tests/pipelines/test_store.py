@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgpack
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import boxes as box_geometry
 from pipelines import ragged
 from pipelines.copy_runs import native
 from pipelines.errors import BadInput
@@ -161,41 +163,72 @@ def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("copying")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "uint8"])
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
-def test_gather_fills_the_rows_that_it_is_given(tmp_path: Path, dtype: str, out: torch.dtype) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_gather_fills_the_rows_that_it_is_given(tmp_path: Path, dtype: str, out: torch.dtype, threads: int) -> None:
     store = FeatureStore(write_store(tmp_path / "s", dtype=dtype, classes=3))
     keys = ["7", "3", "7"]
     rows = store.index(keys)
     features, boxes = torch.full((32, 32), -1.0, dtype=out), np.full((32, 4), -1, np.float32)
+    locations = torch.full((32, 5), -1.0)
     starts = [2, 12, 20]
-    store.gather(rows, starts, features, threads=2)
+    store.gather(rows, starts, features, locations, threads=threads)
     store.gather_boxes(rows, starts, boxes)
     untouched = np.ones(32, bool)
     for key, start in zip(keys, starts, strict=True):
         record = store.record(key)
         expected = torch.from_numpy(np.vstack([record.mean, record.values()])).to(out)
-        n = len(expected)
-        assert torch.equal(features[start : start + n], expected)
+        end = start + len(expected)
+        assert torch.equal(features[start:end], expected)
         np.testing.assert_array_equal(boxes[start], [0, 0, WIDTH, HEIGHT])
-        np.testing.assert_array_equal(boxes[start + 1 : start + n], record.boxes)
-        untouched[start : start + n] = False
+        np.testing.assert_array_equal(boxes[start + 1 : end], record.boxes)
+        np.testing.assert_array_equal(locations[start:end], box_geometry.locations(boxes[start:end], WIDTH, HEIGHT))
+        untouched[start:end] = False
     assert (features[torch.from_numpy(untouched)] == -1).all() and (boxes[untouched] == -1).all()
+    assert (locations[torch.from_numpy(untouched)] == -1).all()
 
 
+@pytest.mark.usefixtures("copying")
 def test_gather_can_cut_and_leave_out_the_global_row(tmp_path: Path) -> None:
     store = FeatureStore(write_store(tmp_path / "s", dtype="float32"))
-    features, boxes = torch.zeros(8, 32), np.zeros((8, 4), np.float32)
-    record = store.record("7")
-    store.gather(store.index(["7"]), [1], features, taken=[3], global_row=False)
-    store.gather_boxes(store.index(["7"]), [1], boxes, taken=[3], global_row=False)
+    features, boxes, locations = torch.zeros(8, 32), np.zeros((8, 4), np.float32), torch.zeros(8, 5)
+    record, row = store.record("7"), store.index(["7"])
+    store.gather(row, [1], features, locations, taken=[3], sizes=np.array([[10, 20]], np.int32), global_row=False)
+    store.gather_boxes(row, [1], boxes, taken=[3], global_row=False)
     np.testing.assert_array_equal(features[1:4], record.features[:3])
-    assert not features[0].any() and not features[4:].any() and not boxes[4:].any()
-    store.gather(store.index(["7"]), [0], features, taken=[2])
+    np.testing.assert_array_equal(locations[1:4], box_geometry.locations(record.boxes[:3], 10, 20))
+    for x in (features, locations):
+        assert not x[0].any() and not x[4:].any()
+    assert not boxes[4:].any()
+    store.gather(row, [0], features, taken=[2])
     np.testing.assert_array_equal(features[:3], np.vstack([record.mean, record.features[:2]]))
+    store.gather(row, [4], None, locations, taken=[0])
+    assert locations[4].tolist() == [0, 0, 1, 1, 1] and not locations[5:].any()
     for start in (-1, 0, 7):
         with pytest.raises(IndexError):
-            store.gather(store.index(["7"]), [start], features)
+            store.gather(row, [start], features)
         with pytest.raises(IndexError):
-            store.gather_boxes(store.index(["7"]), [start], boxes)
+            store.gather(row, [start], None, locations)
+        with pytest.raises(IndexError):
+            store.gather_boxes(row, [start], boxes)
+
+
+WRONG_PLACES: dict[str, tuple[dict[str, Any], str]] = {
+    "narrow features": ({"features": torch.zeros(16, 31)}, r"\[16, 31\], wanted contiguous \[rows, 32\]"),
+    "every second row": ({"features": torch.zeros(32, 32)[::2]}, "wanted contiguous"),
+    "half precision": ({"features": torch.zeros(16, 32, dtype=torch.float16)}, "float32 or bfloat16"),
+    "four numbers a box": ({"features": None, "locations": torch.zeros(16, 4)}, r"wanted contiguous \[rows, 5\]"),
+    "doubles": ({"features": None, "locations": torch.zeros(16, 5, dtype=torch.float64)}, "float32, not torch.float64"),
+    "no size": ({"features": torch.zeros(16, 32), "sizes": np.zeros((0, 2), np.int32)}, r"contiguous int32 \[1, 2\]"),
+}
+
+
+@pytest.mark.usefixtures("copying")
+@pytest.mark.parametrize("name", WRONG_PLACES)
+def test_gather_writes_to_no_other_place(tmp_path: Path, name: str) -> None:
+    arguments, message = WRONG_PLACES[name]
+    store = FeatureStore(write_store(tmp_path / "s"))
+    with pytest.raises(ValueError, match=message):
+        store.gather(store.index(["7"]), [0], **arguments)
 
 
 def _sum_of(store: FeatureStore, key: str) -> float:
