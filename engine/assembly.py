@@ -128,9 +128,9 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     table, rows = load_tasks(config)
     ranks = ranks or Ranks()
     sharded = _is_sharded(config, ranks)
-    if sharded:
-        _deepspeed_settings(config, ranks)  # what contradicts the run is said before anything is read
     device = device_of(config, ranks)
+    if sharded:
+        _deepspeed_settings(config, ranks, device)  # what contradicts the run is said before anything is read
     if config.cuda_graphs:
         refuse_without_gpu(device)
         _refuse_without_buckets(rows)
@@ -342,13 +342,13 @@ def build_stepper(
         return Plain(model, build_optimizer(config, rows, model), device, config.share_prefixes, graphs)
     from engine.sharded import Sharded  # DeepSpeed takes seconds to import
 
-    settings = _deepspeed_settings(config, ranks)
+    settings = _deepspeed_settings(config, ranks, device)
     exact = _rounded(config, model)
     share = config.share_prefixes
     return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share)
 
 
-def _deepspeed_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def _deepspeed_settings(config: RunConfig, ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """What DeepSpeed is given. Raises BadInput where its JSON and the run say different things."""
     return deepspeed_config.merged(
         config.deepspeed if config.deepspeed is not None else deepspeed_config.read("zero1"),
