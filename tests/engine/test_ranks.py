@@ -17,11 +17,11 @@ from engine.ranks import Ranks
 from engine.tasks import CONFIGS
 from engine.validation import Validated
 from tests.engine import sharded_run
+from tests.engine.launch import record
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, STEPS, relative
 from tests.engine.small_run import configure
 from tests.pipelines import small_world
-from tests.recorded import record
 
 pytestmark = needs_deepspeed
 
@@ -81,14 +81,16 @@ def test_losses_are_those_of_one_plain_process(
 @pytest.mark.parametrize("n", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_rank_keeps_its_share_of_the_optimizer(runs: Callable[..., list[dict[str, Any]]], n: int) -> None:
     ranks = runs(n)
+    found = {}
     for stage in STAGES:
-        shares = [found[stage]["bytes"] * n / found[stage]["all_bytes"] for found in ranks]
-        record("exactness", f"bytes of moments and masters a rank, over all / {n}, stage {stage}", shares)
+        shares = [rank[stage]["bytes"] * n / rank[stage]["all_bytes"] for rank in ranks]
+        found[stage] = shares
         if stage == "0":
             assert shares == [n] * n, "nothing is sharded"
         else:
             assert shares == pytest.approx([1.0] * n, abs=0.05), f"stage {stage}"
             assert sum(shares) == pytest.approx(n, abs=1e-12), "every value has one owner"
+    record("exactness", f"bytes of moments and masters of each rank, over all / {n}", found)
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
