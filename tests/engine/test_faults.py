@@ -9,7 +9,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,10 @@ def test_thirty_kills_at_random_times(data: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def reaches(iteration: int, run: Run) -> bool:
+    return run.iteration() >= iteration
+
+
 def kills(data: Path, folder: Path, times: int, draw: random.Random) -> list[tuple[bool, int]]:
     """Kill all processes so often, and continue each time: (during a save?, iterations lost) of each."""
     every, found, arguments = 3, [], new(data, folder, "max_iterations=100000", "checkpoint.every=3", "logging.every=1")
@@ -200,7 +204,7 @@ def kills(data: Path, folder: Path, times: int, draw: random.Random) -> list[tup
     for _ in range(times):
         target = reached + draw.randrange(1, 4)
         with started(TORCHRUN, arguments, folder, [dawdle]) as run:
-            run.wait_for(lambda run, target=target: run.iteration() >= target)
+            run.wait_for(partial(reaches, target))
             run.wait_for(lambda _: bool(checkpoints(folder / "checkpoints")))
             if draw.random() < 0.6:
                 run.wait_for(lambda _: any((folder / "checkpoints").glob(f"{TEMPORARY}*")))
