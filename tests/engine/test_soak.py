@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.engine.launch import TORCHRUN, record, started
+from tests.engine.launch import TORCHRUN, started
+from tests.recorded import record
 
 ITERATIONS, WARM = 2000, 500
 SETTINGS = (
