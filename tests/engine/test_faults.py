@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_the_other_which_says_where(data: Path, tmp_path: Pat
 )
 def test_a_rank_that_hangs_is_named(data: Path, tmp_path: Path, launcher: str, rank: int) -> None:
     """The launcher's own end takes 30 s more, its wait before SIGKILL, and is not waited for."""
-    folder, limit_s = tmp_path / "run", 15  # a start on a busy machine takes as long
+    folder, limit_s = tmp_path / "run", 8
     fault = {"at": "step", "call": 17, "ranks": [rank], "do": "stop"}
     other = 1 - rank
     with started(launcher, new(data, folder, f"ranks.timeout_s={limit_s}"), folder, [fault]) as run:
