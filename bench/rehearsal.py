@@ -61,7 +61,7 @@ def main() -> int:
             found = rehearse(WAYS[way], Path(folder))
         print(f"{way}: {json.dumps(found)}")
         results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-        results.setdefault("rehearsal", {})[way] = {"date": time.strftime("%Y-%m-%d"), "found": found}
+        results.setdefault("rehearsal", {})[way] = {"date": time.strftime("%Y-%m-%d"), "numbers": found}
         arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return 0
 

@@ -190,7 +190,7 @@ def _saying(console: Console, watchdog: Watchdog) -> Callable[[str], None]:
     """What is said while a run is put together also shows that it moves: reading may take longer than a step ever does."""
 
     def say(message: str) -> None:
-        watchdog.moved(f"the start ({message})")
+        watchdog.moved(f"the start ({message})", starting=True)
         console.message(message)
 
     return say

@@ -23,6 +23,7 @@ BEAT_S = 1.0
 SILENT_S = 5.0
 """Without a new sign of life for so long a rank counts as lost."""
 EXIT_LOST = 1
+ALL_ALIVE = "all ranks show signs of life: "
 
 Signs = dict[int, str | None]
 """By rank its last sign of life; None: it has never given one."""
@@ -36,7 +37,7 @@ class Watchdog:
 
     def __init__(self, ranks: Ranks, limit_s: float) -> None:
         self._ranks, self._limit = ranks, limit_s
-        self._where, self._at = "start", time.monotonic()
+        self._where, self._at, self._starting = "start", time.monotonic(), True
         self._done = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -52,9 +53,10 @@ class Watchdog:
             self._store = ranks.store.clone()  # type: ignore[attr-defined]
             self._store.set_timeout(timedelta(seconds=SILENT_S))
 
-    def moved(self, where: str) -> None:
-        """The run goes on; `where` it is, for the message."""
-        self._where, self._at = where, time.monotonic()
+    def moved(self, where: str, starting: bool = False) -> None:
+        """The run goes on; `where` it is, for the message. `starting`: reading and imports take their time, and as long as all
+        ranks show signs of life nobody is given up for them."""
+        self._where, self._at, self._starting = where, time.monotonic(), starting
 
     def lost(self) -> str:
         """Who gives no sign of life, in words. Takes `SILENT_S` seconds, and at most three times as long."""
@@ -70,7 +72,7 @@ class Watchdog:
             f"rank {rank} is in {json.loads(sign)[1]}" for rank, sign in after.items() if sign and rank not in silent
         ]
         if not silent:
-            return "all ranks show signs of life: " + "; ".join(others)
+            return ALL_ALIVE + "; ".join(others)
         return "no sign of life from rank " + ", ".join(map(str, silent))
 
     def __enter__(self) -> Self:
@@ -90,14 +92,21 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(BEAT_S):
             idle = time.monotonic() - self._at
-            if idle > self._limit:
-                self._give_up(idle)
+            if idle <= self._limit:
+                continue
+            at, lost = self._at, self.lost()
+            if self._done.is_set() or self._at != at:  # it moved while others were asked
+                continue
+            if self._starting and lost.startswith(ALL_ALIVE):
+                self._at = time.monotonic()
+            else:
+                self._give_up(idle, lost)
 
-    def _give_up(self, idle: float) -> None:
+    def _give_up(self, idle: float, lost: str) -> None:
         where, rank = self._where, self._ranks.rank
         try:
             print(
-                f"error: rank {rank}: no step for {idle:.0f} s in {where}: {self.lost()}; giving up "
+                f"error: rank {rank}: no step for {idle:.0f} s in {where}: {lost}; giving up "
                 "(ranks.timeout_s); continue from the last checkpoint with --resume",
                 file=sys.stderr, flush=True,
             )  # fmt: skip

@@ -30,8 +30,6 @@ from tests.reference import ROOT
 
 TORCHRUN, DEEPSPEED = "torchrun", "deepspeed"
 LAUNCHERS = (TORCHRUN, DEEPSPEED)
-RECORD = "STOPGO_RESULTS"
-"""Environment variable: the JSON file that `record` writes to; without it nothing is written."""
 
 
 def free_port() -> int:
@@ -155,13 +153,3 @@ def started(
     finally:
         run.kill()
         process.wait()
-
-
-def record(section: str, name: str, found: object) -> None:
-    """Put numbers of a long test into the JSON file that `STOPGO_RESULTS` names, with the day."""
-    if RECORD not in os.environ:
-        return
-    path = Path(os.environ[RECORD])
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results.setdefault(section, {})[name] = {"date": time.strftime("%Y-%m-%d"), "found": found}
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,18 @@ def plant(at: str, do: str, call: int | None = None, ranks: tuple[int, ...] = ()
 
 def plant_nan(kind: str, call: int, ranks: tuple[int, ...], last: int | None = None) -> None:
     """In these steps the loss, or the gradient alone, of these ranks is NaN. All ranks leave what the steps did."""
-    from engine import sharded
+    from engine.losses import outcome as whole_outcome
+    from engine.sharded import Sharded
     from engine.slices import named_parameters
 
-    whole_step, whole_outcome, now = sharded.Sharded.step, sharded.outcome, [0]
+    whole_step, now, unchanged = Sharded.step, [0], [True]
 
     def bad() -> bool:
         return call <= now[0] <= (last or call) and RANK in ranks
 
     def outcome(model: Any, *arguments: Any) -> Any:
-        from dataclasses import replace
-
         found = whole_outcome(model, *arguments)
-        if bad() and model.training is not None:
+        if bad():
             poison = torch.tensor(float("nan"))
             if kind == "gradient":
                 return replace(found, loss=_Poisoned.apply(found.loss))
@@ -135,11 +135,12 @@ def plant_nan(kind: str, call: int, ranks: tuple[int, ...], last: int | None = N
         if watched:
             after = [kept.values for kept in self.weights() + self.state() if "/steps" not in kept.key]
             after += [named.parameter.detach() for named in named_parameters(self._model)]
-            same = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-            tell("nan", {"same": same, "skipped": float(result.skipped)})
+            unchanged[0] &= all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+            tell("nan", {"same": unchanged[0], "skipped": float(result.skipped)})
         return result
 
-    sharded.Sharded.step, sharded.outcome = step, outcome  # type: ignore[method-assign]
+    for owner, name, ours in ((Sharded, "step", step), (sys.modules["engine.sharded"], "outcome", outcome)):
+        setattr(owner, name, ours)
 
 
 class _Poisoned(torch.autograd.Function):
@@ -150,7 +151,7 @@ class _Poisoned(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * float("nan")
 
 

@@ -12,11 +12,11 @@ from engine import checkpoint
 from engine.checkpoint import checkpoints
 from engine.journal import read_rows
 from engine.ranks import Ranks
-from tests.engine.launch import record
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, journalled, same, state
 from tests.engine.small_run import configure
 from tests.engine.test_kill import rows
+from tests.recorded import record
 
 pytestmark = needs_deepspeed
 

@@ -1,6 +1,6 @@
 """Faults on real ranks, started by the real launchers: signals, kills, hangs, NaN, a full disk, a damaged record.
 
-CI has one of each; the matrices are slow. With STOPGO_RESULTS=bench/results/ranks.json they leave their numbers there.
+CI has one of each; the matrices are slow. With STOPGO_RECORD=bench/results/ranks.json they leave their numbers there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import pytest
 
 from engine.checkpoint import TEMPORARY, checkpoints, newest_valid
 from engine.journal import CLOCK_COLUMNS, read_rows
-from tests.engine.launch import DEEPSPEED, LAUNCHERS, TORCHRUN, Run, record, started
+from tests.engine.launch import DEEPSPEED, LAUNCHERS, TORCHRUN, Run, started
 from tests.engine.small_run import configure
+from tests.recorded import record
 
 SETTINGS = ("max_iterations=12", "checkpoint.every=2", "stopgo.gap=2", "logging.console=plain", "ranks.timeout_s=60")
 SAVED_S, GONE_S = 20, 40
@@ -193,6 +194,10 @@ def test_thirty_kills_at_random_times(data: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def reaches(iteration: int, run: Run) -> bool:
+    return run.iteration() >= iteration
+
+
 def kills(data: Path, folder: Path, times: int, draw: random.Random) -> list[tuple[bool, int]]:
     """Kill all processes so often, and continue each time: (during a save?, iterations lost) of each."""
     every, found, arguments = 3, [], new(data, folder, "max_iterations=100000", "checkpoint.every=3", "logging.every=1")
@@ -200,7 +205,7 @@ def kills(data: Path, folder: Path, times: int, draw: random.Random) -> list[tup
     for _ in range(times):
         target = reached + draw.randrange(1, 4)
         with started(TORCHRUN, arguments, folder, [dawdle]) as run:
-            run.wait_for(lambda run, target=target: run.iteration() >= target)
+            run.wait_for(partial(reaches, target))
             run.wait_for(lambda _: bool(checkpoints(folder / "checkpoints")))
             if draw.random() < 0.6:
                 run.wait_for(lambda _: any((folder / "checkpoints").glob(f"{TEMPORARY}*")))

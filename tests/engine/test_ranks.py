@@ -17,11 +17,11 @@ from engine.ranks import Ranks
 from engine.tasks import CONFIGS
 from engine.validation import Validated
 from tests.engine import sharded_run
-from tests.engine.launch import record
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, STEPS, relative
 from tests.engine.small_run import configure
 from tests.pipelines import small_world
+from tests.recorded import record
 
 pytestmark = needs_deepspeed
 

@@ -17,8 +17,9 @@ from engine.train import main
 from pipelines.convert.__main__ import main as convert
 from pipelines.errors import BadInput
 from pipelines.readers import refer
-from tests.engine.launch import TORCHRUN, record, started
+from tests.engine.launch import TORCHRUN, started
 from tests.engine.small_run import configure
+from tests.recorded import record
 
 FLIPS, TRUNCATIONS = 20, 3
 

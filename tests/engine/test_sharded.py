@@ -12,10 +12,10 @@ from engine.assembly import Parts, assemble
 from engine.model.randomness import Randomness
 from engine.ranks import Ranks
 from tests.engine import sharded_run
-from tests.engine.launch import record
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, furthest, of, relative
 from tests.engine.small_run import configure
+from tests.recorded import record
 
 pytestmark = needs_deepspeed
 

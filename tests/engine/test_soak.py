@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from tests.engine.launch import TORCHRUN, record, started
+from tests.engine.launch import TORCHRUN, started
+from tests.recorded import record
 
 ITERATIONS, WARM = 2000, 500
 SETTINGS = (
@@ -36,7 +38,7 @@ def test_two_thousand_iterations(tmp_path: Path) -> None:
         run.wait(300)
         run.wait_until_gone(10)
     assert run.codes() == {0: 0, 1: 0}, run.output()
-    numbers = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for rank, rows in found.items():
         iterations, rss, files, threads = (np.array(column) for column in zip(*rows, strict=True))
         slope = 100 * np.polyfit(iterations, rss, 1)[0]
