@@ -8,7 +8,8 @@ module by module, its vectors resident, as others run it.
 
 Times are those of the main thread on a core, so that neither the other rank nor neighbours count; the JSON has the wall's, too.
 "in hooks" is the time within the hooks themselves; "beyond plain" is the median step less that of the same module without
-DeepSpeed; "a tensor" is what the published layout has more of it, over the hooked gradients that it has more. Reads and collectives are counted as bench/host_counts.py says, in a step of its own.
+DeepSpeed; "a tensor" is what the published layout has more of it, over the gradients that it has more. Reads and collectives
+are counted as bench/host_counts.py says, in a step of its own.
 """
 
 from __future__ import annotations
