@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -20,13 +20,34 @@ _REGISTERING = (
 )
 
 
+class Clocks(NamedTuple):
+    """Seconds on two clocks."""
+
+    thread: float
+    """Of this thread on a core: what the host does itself, whoever else uses the machine."""
+    wall: float
+
+    @classmethod
+    def now(cls) -> Self:
+        """Both, of an instant."""
+        return cls(time.thread_time(), time.perf_counter())
+
+    def plus(self, other: Clocks) -> Clocks:
+        """Their sums."""
+        return Clocks(self.thread + other.thread, self.wall + other.wall)
+
+    def minus(self, other: Clocks) -> Clocks:
+        """Their differences."""
+        return Clocks(self.thread - other.thread, self.wall - other.wall)
+
+
 class HookWatch:
     """Replaces the methods that register hooks, by some that count the hooks' calls and their seconds."""
 
     def __init__(self) -> None:
         self.fired: Counter[str] = Counter()
         """By the method that registered it."""
-        self.seconds = 0.0
+        self.seconds = Clocks(0.0, 0.0)
         """Within hooks; a hook within a hook once."""
         self.tensors: set[int] = set()
         """Tensors with a hook on their gradient, by identity: parameters, which stay."""
@@ -36,7 +57,7 @@ class HookWatch:
     def reset(self) -> None:
         """Count anew, of the hooks that are there."""
         self.fired.clear()
-        self.seconds = 0.0
+        self.seconds = Clocks(0.0, 0.0)
 
     def __enter__(self) -> Self:
         for owner, name in _REGISTERING:
@@ -64,12 +85,12 @@ class HookWatch:
         def called(*args: Any, **keywords: Any) -> Any:
             self.fired[name] += 1
             self._depth += 1
-            began = time.perf_counter()
+            began = Clocks.now()
             try:
                 return hook(*args, **keywords)
             finally:
                 self._depth -= 1
                 if not self._depth:
-                    self.seconds += time.perf_counter() - began
+                    self.seconds = self.seconds.plus(Clocks.now().minus(began))
 
         return called

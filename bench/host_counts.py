@@ -12,6 +12,7 @@ the host on every machine (a counter of steps, say), and `numpy`, which only wor
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class HostCounts(TorchDispatchMode):
         self._phases: list[tuple[str, int]] = [("", 0)]
         self._methods: dict[str, Any] = {}
         self._groups: dict[str, str] = {}
+        self._thread = 0
 
     def name_group(self, group: ProcessGroup, name: str) -> None:
         """Tell a process group's collectives from others."""
@@ -121,6 +123,7 @@ class HostCounts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
         for name in _METHODS:
             self._methods[name] = getattr(Tensor, name)
             setattr(Tensor, name, self._watched(name))
@@ -139,7 +142,8 @@ class HostCounts(TorchDispatchMode):
 
         def called(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
             away = name != "to" or _wants_cpu(*args, **keywords)
-            if away and _place(tensor) not in self._host and not (name == "to" and _to_device(who := _who())):
+            mine = threading.get_ident() == self._thread
+            if mine and away and _place(tensor) not in self._host and not (name == "to" and _to_device(who := _who())):
                 self._note("read", 0, who if name == "to" else "")
             return inner(tensor, *args, **keywords)
 

@@ -34,7 +34,7 @@ from engine.checkpoint import CURSOR, MANIFEST, WEIGHTS, fingerprint
 from engine.cursor import FORMAT, Cursor
 from engine.house import check_imports
 from engine.model.layout import in_published_layout
-from engine.model.published import TIED, read_state
+from engine.model.published import TIED, WORDS, read_state
 from engine.zero_folder import is_zero_folder, read_zero_folder
 from pipelines.errors import BadInput
 from pipelines.progress import Show, progress_on_stderr
@@ -105,13 +105,15 @@ def read(source: Path, show: Show, say: Callable[[str], None]) -> dict[str, Tens
 
 def _safetensors(state: State, path: Path) -> None:
     """Tied tensors are written twice: the format knows no other way."""
-    alone = {key: value.clone() if key == TIED or _shares(value) else value for key, value in state.items()}
+    alone = _own_memory(state)
+    if TIED in alone:
+        alone[TIED] = alone[TIED].clone()
     save_file(alone, path, metadata={"format": "pt"})
 
 
 def _bin(state: State, path: Path) -> None:
     """A plain state dict, as the authors' code wants it; tied tensors are one."""
-    torch.save({key: value.clone() if _shares(value) else value for key, value in state.items()}, path)
+    torch.save(_own_memory(state), path)
 
 
 def _checkpoint(state: State, path: Path) -> None:
@@ -130,9 +132,12 @@ FORMS: dict[str, Callable[[State, Path], None]] = {
 }
 
 
-def _shares(value: Tensor) -> bool:
-    """Whether it is part of a larger memory, which a file would keep whole."""
-    return value.untyped_storage().nbytes() > value.nbytes
+def _own_memory(state: State) -> dict[str, Tensor]:
+    """The same tensors, none of them a part of a larger memory, which a file would keep whole; tied ones stay one."""
+    own = {
+        key: value.clone() if value.untyped_storage().nbytes() > value.nbytes else value for key, value in state.items()
+    }
+    return own | ({TIED: own[WORDS]} if TIED in own else {})
 
 
 def _write(form: Callable[[State, Path], None], state: State, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,6 +77,13 @@ def test_counters_on_the_host_are_no_reads() -> None:
         assert not counts.seen
         float(X[0])
         assert len(counts.seen) == 1
+
+
+def test_another_thread_is_not_seen() -> None:
+    counts = HostCounts()
+    with counts, ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: (X.cpu(), X.tolist(), float(X[0]))).result()
+    assert not counts.seen
 
 
 class _Reading(torch.autograd.Function):

@@ -111,6 +111,10 @@ def test_a_zero_folder_gives_its_float32_weights(folders: Path, small: Path, tmp
     assert same(found, expected)
     load_published(ViLBERT(ModelConfig(**MODEL), PUBLISHED_HEADS, pretraining=True), found, target)
     convert(next((folders / case).glob("global_step*")), target, verify=True)  # the step's own folder, compared
+    convert(folders / case, tmp_path / "out.bin")
+    state = torch.load(tmp_path / "out.bin", weights_only=True)
+    assert same(state, expected) and state[TIED].data_ptr() == state[WORDS].data_ptr()
+    assert (tmp_path / "out.bin").stat().st_size < 1.3 * sum(v.nbytes for k, v in state.items() if k != TIED)
 
 
 class Canary:
