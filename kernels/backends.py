@@ -28,7 +28,7 @@ ENVIRONMENT = "STOPGO_KERNELS"
 
 
 _MODULES = {"apex": "apex.optimizers", "deepspeed": "deepspeed"}
-_INSTALL = {"apex": "NVIDIA's, from source: the apex of PyPI is another one", "deepspeed": "make setup-gpu"}
+_INSTALL = {"apex": "NVIDIA's, from source: the apex of PyPI is another one", "deepspeed": "make setup"}
 
 
 class UnusableBackend(ValueError):

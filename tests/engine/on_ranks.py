@@ -26,7 +26,7 @@ from tests.pipelines.small import build
 from tests.reference import ROOT
 
 needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (make setup-gpu)"
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (make setup)"
 )
 
 TIMEOUT_S = 240
