@@ -21,8 +21,8 @@ from engine.model.published import read_state
 from engine.ranks import Ranks
 from engine.verify import ABSOLUTE, RELATIVE, TRAJECTORY, build
 from pipelines.batch import Batch
-from tests.engine.launch import record
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
+from tests.recorded import record
 from tests.reference import reference
 
 BFLOAT16 = 0.05
