@@ -221,7 +221,7 @@ def kills(data: Path, folder: Path, times: int, draw: random.Random) -> list[tup
         found.append((during, lost))
         arguments = ["--resume", str(folder)]
     with started(TORCHRUN, arguments, folder) as run:
-        run.wait_for(lambda run: f"continuing from {newest}" in run.output())
+        run.wait_for(lambda run: f"continuingfrom{newest}" in "".join(run.output().split()))  # the console wraps
         run.wait_for(lambda run: run.iteration() > reached)
     assert not list((folder / "checkpoints").glob(f"{TEMPORARY}*{newest.name}-*"))
     return found
