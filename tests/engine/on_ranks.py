@@ -25,9 +25,7 @@ from engine.ranks import join, leave
 from tests.pipelines.small import build
 from tests.reference import ROOT
 
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (make setup)"
-)
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (make setup)")
 
 TIMEOUT_S = 240
 """Far more than the tests need: shared machines stall."""
