@@ -7,14 +7,16 @@ checkpoint and writes them again: all columns but `CLOCK_COLUMNS` come out the s
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from pipelines.errors import BadInput
 
@@ -77,24 +79,24 @@ class Journal:
         if keep is not None:
             for path in paths:
                 cut(path, keep)
-        self._metrics, self._events = (path.open("a", encoding="utf-8") for path in paths)
+        self._metrics, self._events = map(_Lines, paths)
 
     def metrics(self, iteration: int, **columns: Any) -> None:
         """Append one row of `METRICS`; the time is added. Raises ValueError for a column not documented there."""
         if unknown := columns.keys() - METRICS.keys():
             raise ValueError(f"{METRICS_FILE} has no column {', '.join(sorted(unknown))}")
-        _append(self._metrics, {"t": time.time(), "iteration": iteration, **columns})
+        self._metrics.append({"t": time.time(), "iteration": iteration, **columns})
 
     def event(self, kind: str, iteration: int, **columns: Any) -> None:
         """Append one row of a kind in `EVENTS`; the time is added. Raises ValueError for another kind."""
         if kind not in EVENTS:
             raise ValueError(f"{EVENTS_FILE} has no event {kind}")
-        _append(self._events, {"t": time.time(), "iteration": iteration, "event": kind, **columns})
+        self._events.append({"t": time.time(), "iteration": iteration, "event": kind, **columns})
 
     def sync(self) -> None:
         """Force both files to the disk, before a checkpoint that relies on them is committed."""
         for file in (self._metrics, self._events):
-            os.fsync(file.fileno())
+            file.sync()
 
     def close(self) -> None:
         """Close both files."""
@@ -129,9 +131,38 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     os.replace(temporary, path)
 
 
-def _append(file: TextIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) + "\n")
-    file.flush()
+class _Lines:
+    """A file that grows by whole lines. What a full disk has no room for waits in memory, and goes first the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write a row; a full disk is said once, and does not end a run that could still train."""
+        said = bool(self._waiting)
+        self._waiting += json.dumps(_finite(row), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not said:
+                print(f"warning: {self._path}: {error.strerror}; rows wait in memory", file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Force what has been written to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file. Rows that found no room to the end are lost, which is said."""
+        if self._waiting:
+            print(f"warning: {self._path}: {self._waiting.count(10)} rows found no room", file=sys.stderr, flush=True)
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def _finite(value: Any) -> Any:

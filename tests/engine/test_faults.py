@@ -289,14 +289,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="saves fail and are said, as they should; but a row of metrics.jsonl that finds no room ends the run"
-)
 def test_a_disk_that_is_full(data: Path, small_disk: Path, tmp_path: Path) -> None:
-    """Something else fills the disk of the run, and goes away again: saves fail, are said, and work again.
-
-    A few KiB are left, for the run's journal: without room for its rows a run ends, with 1 and its last good checkpoint.
-    """
+    """Something else fills the disk of the run, and goes away again: saves fail, are said, and work again; rows of the journal
+    that found no room come after."""
     folder = small_disk / "run"
     with started(TORCHRUN, new(data, folder, "max_iterations=100000"), tmp_path / "run") as run:
         run.folder = folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -103,3 +104,36 @@ def test_undocumented_columns_and_events_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no event walk"):
             journal.event("walk", 1)
     assert "loss" in METRICS
+
+
+def test_rows_that_a_full_disk_has_no_room_for_come_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full:
+        """A file that takes a few bytes of each write while `room` is left."""
+
+        room = 100
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            if not Full.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = data[: Full.room]
+            Full.room -= len(taken)
+            return self.file.write(taken)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    with Journal(tmp_path) as journal:
+        monkeypatch.setattr(journal._metrics, "_file", Full(journal._metrics._file))
+        for iteration in range(1, 6):
+            journal.metrics(iteration, task="vqa")
+        journal.sync()
+        assert len(read_rows(tmp_path / METRICS_FILE)) < 5
+        Full.room = 10**6
+        journal.metrics(6, task="vqa")
+        assert [row["iteration"] for row in read_rows(tmp_path / METRICS_FILE)] == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().err.count("rows wait in memory") == 1
