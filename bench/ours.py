@@ -103,9 +103,11 @@ class Ours:
 
     def state(self) -> dict[str, int]:
         """See `Provider`."""
+        parameters = {parameter.data_ptr() for parameter in self.model.parameters()}
+        masters = [value for value in self.optimizer.masters().values() if value.data_ptr() not in parameters]
         return {
             "weights": tensor_bytes(self.model.parameters()),
-            "optimizer": tensor_bytes(self.optimizer.state_dict().values()),
+            "optimizer": tensor_bytes([*self.optimizer.state_dict().values(), *masters]),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -311,6 +311,7 @@ def test_a_disk_that_is_full(data: Path, small_disk: Path, tmp_path: Path) -> No
     assert newest_valid(there)[1] == []
 
 
+@pytest.mark.slow
 def test_a_damaged_record_on_one_rank_ends_all_and_is_named(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fault = {"at": "read", "call": 17, "ranks": [1], "do": "damaged record"}

@@ -128,7 +128,8 @@ def pretrained(ranks: Ranks, world: str, folder: str, backend: str) -> list[list
     return sums.found
 
 
-@pytest.mark.parametrize("stage", ["1", *(pytest.param(stage, marks=pytest.mark.slow) for stage in "023")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_pretraining_on_two_ranks(tmp_path: Path, stage: str) -> None:
     """Nine examples a batch: the ranks have five and four, and other numbers of hidden words and regions."""
     world = str(small_world.world())
