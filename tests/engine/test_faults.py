@@ -86,7 +86,7 @@ ALONE = {"training": 17, "validation": 2, "a save": 2}
 @pytest.mark.parametrize(
     ("launcher", "deed", "moment"),
     [
-        (DEEPSPEED, "terminate the group", "training"),
+        (TORCHRUN, "terminate the group", "training"),
         *(
             pytest.param(launcher, deed, moment, marks=pytest.mark.slow)
             for launcher in LAUNCHERS
@@ -97,7 +97,7 @@ ALONE = {"training": 17, "validation": 2, "a save": 2}
                 ("terminate the launcher", ("training",)),
             )
             for moment in moments
-            if (launcher, deed, moment) != (DEEPSPEED, "terminate the group", "training")
+            if (launcher, deed, moment) != (TORCHRUN, "terminate the group", "training")
         ),
     ],
 )
@@ -148,16 +148,8 @@ def test_a_killed_rank_ends_the_other_which_says_where(data: Path, tmp_path: Pat
     record("faults", f"SIGKILL of rank {rank}, {launcher}", {"no_process_s": round(gone_s, 2)})
 
 
-@pytest.mark.parametrize(
-    ("launcher", "rank"),
-    [
-        (TORCHRUN, 1),
-        *(
-            pytest.param(launcher, rank, marks=pytest.mark.slow)
-            for launcher, rank in ((TORCHRUN, 0), (DEEPSPEED, 1), (DEEPSPEED, 0))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "rank"), [(launcher, rank) for launcher in LAUNCHERS for rank in (0, 1)])
 def test_a_rank_that_hangs_is_named(data: Path, tmp_path: Path, launcher: str, rank: int) -> None:
     """The launcher's own end takes 30 s more, its wait before SIGKILL, and is not waited for."""
     folder, limit_s = tmp_path / "run", 8
