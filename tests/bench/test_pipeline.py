@@ -68,6 +68,7 @@ def test_ratios_are_medians_over_rounds() -> None:
     assert found["readers"][OURS]["gb_per_s"] == pytest.approx(32 * 100 * 2048 * 2 / 1e9)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--images", "6", "--regions", "4", "--batch", "3", "--rounds", "2", "--simulate", "0.004"]
     assert pipeline.main([*arguments, "--folder", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0

@@ -247,7 +247,7 @@ def test_a_gradient_that_is_nan_on_one_rank_skips_the_step_on_all(data: Path, tm
 @pytest.mark.parametrize(
     "fault",
     [
-        {"at": "write", "call": 4, "ranks": [1]},
+        pytest.param({"at": "write", "call": 4, "ranks": [1]}, marks=pytest.mark.slow),
         pytest.param({"at": "write", "call": 4, "ranks": [0]}, marks=pytest.mark.slow),
         pytest.param({"at": "commit", "call": 2, "ranks": [0]}, marks=pytest.mark.slow),
     ],

@@ -85,7 +85,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(2, marks=needs_deepspeed)])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=[needs_deepspeed, pytest.mark.slow])])
 def test_training_goes_on_while_a_save_is_written(data: Path, tmp_path: Path, n: int) -> None:
     """And what is saved is the moment at which it was asked for."""
     backend = "backend=plain" if n == 1 else "deepspeed=zero1"

@@ -75,7 +75,7 @@ def follow(ranks: Ranks, golden: str, stages: list[int | None], dtypes: list[str
     ("n", "stages", "dtypes"),
     [
         (1, [None, 1], ["bfloat16"]),  # float32, every stage: test_verify.py
-        (2, [1], ["float32"]),
+        pytest.param(2, [1], ["float32"], marks=pytest.mark.slow),
         pytest.param(1, [None, 0, 1, 2, 3], ["float32", "bfloat16"], marks=pytest.mark.slow),
         pytest.param(2, [0, 1, 2, 3], ["float32", "bfloat16"], marks=pytest.mark.slow),
     ],
