@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         result = {
             "conditions": conditions(torch.device("cpu")),
             "load_average": os.getloadavg(),
-            "config": str(arguments.config),
+            "config": os.path.relpath(arguments.config),
             "overrides": arguments.overrides,
             "plans": [plan.as_json() for plan, _ in found],
             "checks": [of.as_json() for of in checked],

@@ -37,6 +37,7 @@ from engine.model.layout import in_published_layout
 from engine.model.published import TIED, WORDS, read_state
 from engine.zero_folder import is_zero_folder, read_zero_folder
 from pipelines.errors import BadInput
+from pipelines.files import sync
 from pipelines.progress import Show, progress_on_stderr
 
 State = Mapping[str, Tensor]
@@ -146,9 +147,9 @@ def _write(form: Callable[[State, Path], None], state: State, target: Path) -> N
     try:
         form(state, temporary)
         for path in [*temporary.glob("*"), temporary]:
-            _sync(path)
+            sync(path)
         os.rename(temporary, target)
-        _sync(target.absolute().parent)
+        sync(target.absolute().parent)
     except BaseException:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
@@ -163,14 +164,6 @@ def _compare(state: State, other: State, where: Path, show: Show) -> None:
         if value.shape != other[key].shape or not torch.equal(value.view(torch.int32), other[key].view(torch.int32)):
             raise BadInput(f"{where}: {key}", "differs", "it holds other weights, or is damaged")
         show("comparing", number, len(state))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(argv: list[str] | None = None) -> int:

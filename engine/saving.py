@@ -43,6 +43,7 @@ from engine.model.vilbert import ViLBERT
 from engine.ranks import Ranks
 from engine.slices import Kept, named_parameters
 from engine.step import Stepper
+from pipelines.files import sync
 
 _MASTERS, _LEFT = "masters-{:05d}.safetensors", "written-{:05d}.json"
 """In the temporary folder alone: each rank's piece of the weights, and the fingerprints of its files."""
@@ -184,10 +185,10 @@ class Saver:
                 self._write_weights(temporary, {kept.key: kept.values for kept in weights})
         left = {name: fingerprint(temporary / name) for name in names}
         for name in names:
-            _sync(temporary / name)
+            sync(temporary / name)
         (temporary / _LEFT.format(rank)).write_text(json.dumps(left))
-        _sync(temporary / _LEFT.format(rank))
-        _sync(temporary)
+        sync(temporary / _LEFT.format(rank))
+        sync(temporary)
 
     def _write_weights(self, temporary: Path, flats: dict[str, Tensor]) -> None:
         exact = {named.parameter: flats[named.key] for named in named_parameters(self._model)}
@@ -207,14 +208,14 @@ class Saver:
             for path in masters:
                 path.unlink()
             files[WEIGHTS] = fingerprint(temporary / WEIGHTS)
-            _sync(temporary / WEIGHTS)
+            sync(temporary / WEIGHTS)
         manifest = {"format": FORMAT, "world_size": world_size, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         target = _free_name(self._folder, iteration)
         os.rename(temporary, target)
-        _sync(self._folder)
+        sync(self._folder)
         self._retire(target)
         return target
 
@@ -277,11 +278,3 @@ def _free_name(folder: Path, iteration: int) -> Path:
     if not taken:
         return folder / name
     return folder / f"{name}-{1 + max(int(other.removeprefix(name).lstrip('-') or 0) for other in taken)}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

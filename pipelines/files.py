@@ -97,3 +97,12 @@ def _parse(content: str, where: object) -> Any:
         raise BadInput(where, f"malformed or truncated JSON at {at}: {error.msg}", "fetch it again") from None
     except RecursionError:
         raise BadInput(where, "JSON nested too deeply", "is it the right file?") from None
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from pipelines.boxes import Float32
 from pipelines.errors import BadInput
+from pipelines.files import sync
 from pipelines.identity import image_key
 from pipelines.store.lmdb_file import LmdbFile
 from pipelines.store.metadata import METADATA_KEY, Metadata, pack_metadata, unpack_metadata
@@ -243,11 +244,11 @@ class StoreWriter:
         self._commit({METADATA_KEY: pack_metadata(self._metadata(complete=True))})
         self._env.close()
         (self.partial / "writer.lock").unlink()
-        _sync_folder(self.partial)
+        sync(self.partial)
         if self.path.exists():
             raise BadInput(self.path, "appeared while this store was written", f"the new one is {self.partial}")
         os.rename(self.partial, self.path)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
 
 
 def _array(where: str, what: str, values: ArrayLike, columns: int | None) -> Float32:
@@ -260,11 +261,3 @@ def _array(where: str, what: str, values: ArrayLike, columns: int | None) -> Flo
     if not np.isfinite(array).all():
         raise BadInput(where, f"{what} hold infinite or undefined values", "extract this image again")
     return array
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -145,7 +145,7 @@ def save(into, iteration):
 def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
-for owner, name in ((saving, "save_file"), (saving, "fingerprint"), (saving, "_sync"), (os, "rename")):
+for owner, name in ((saving, "save_file"), (saving, "fingerprint"), (saving, "sync"), (os, "rename")):
     save(name, 1)
     child = os.fork()
     if not child:
@@ -162,7 +162,7 @@ def test_a_killed_save_leaves_nothing_that_looks_like_a_checkpoint(tmp_path: Pat
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # it forks, which a pool of OpenMP threads does not survive
     done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for where in ("save_file", "fingerprint", "_sync", "rename"):
+    for where in ("save_file", "fingerprint", "sync", "rename"):
         saved = tmp_path / where
         assert [path.name for path in checkpoint.checkpoints(saved)] == ["iteration-0000001"]
         assert checkpoint.newest_valid(saved)[0].name == "iteration-0000001"
