@@ -36,7 +36,7 @@ from bench.host_counts import HostCounts
 from bench.timing import conditions, version
 from engine import deepspeed_config
 from engine.model.config import ModelConfig
-from engine.ranks import join, leave
+from engine.ranks import finish, join, leave
 from pipelines.errors import BadInput
 from pipelines.files import write_atomic
 
@@ -247,4 +247,4 @@ def _as_rank(given: argparse.Namespace, stages: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main())

@@ -33,10 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     return int(import_module(COMMANDS[command][0]).main(arguments[1:]) or 0)
 
 
+def entry() -> None:
+    """What the installed `stopgo` calls."""
+    code = main()
+    if "engine.ranks" in sys.modules:  # importing it takes a second, which --help need not wait for
+        import_module("engine.ranks").finish(code)
+    sys.exit(code)
+
+
 def _help() -> str:
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: stopgo COMMAND ...", "", *lines, "", "stopgo COMMAND --help says more."])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

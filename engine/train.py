@@ -27,7 +27,7 @@ from engine.cursor import Cursor
 from engine.house import check_imports
 from engine.journal import Journal
 from engine.loop import Listener, Loop, PlansDiffer, TooManySkipped
-from engine.ranks import Ranks, join, joined, leave, rank_in_environment
+from engine.ranks import Ranks, finish, join, joined, leave, rank_in_environment
 from engine.reporting import Reporter, final_scores
 from engine.watchdog import EXIT_LOST, Watchdog
 from pipelines.errors import BadInput
@@ -341,4 +341,4 @@ def _run_folder(config: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main())

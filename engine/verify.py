@@ -36,6 +36,7 @@ from engine.model.heads import HeadSpec
 from engine.model.published import load_published, read_state
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
+from engine.ranks import finish
 from engine.stopgo import Controller, Decision, PaperController, ReferenceController, restore
 from pipelines.errors import BadInput
 
@@ -272,4 +273,4 @@ def _print(rows: list[Row], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main())

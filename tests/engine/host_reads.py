@@ -16,7 +16,7 @@ from bench.host_counts import HostCounts
 from engine.assembly import assemble
 from engine.cursor import Cursor
 from engine.loop import Listener, Loop
-from engine.ranks import Ranks, join, leave
+from engine.ranks import Ranks, finish, join, leave
 from tests.engine.small_run import configure
 from tests.pipelines.small import build
 
@@ -59,3 +59,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    finish(0)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from engine.ranks import join, leave
+from engine.ranks import finish, join, leave
 from tests.pipelines.small import build
 from tests.reference import ROOT
 
@@ -47,7 +47,8 @@ def launch(n: int, module: str, *arguments: str, launcher: str = "torchrun") -> 
     deepspeed = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(n), "--master_port", str(free_port()),
                  "--module", module]  # fmt: skip
     command = [sys.executable, *(torchrun if launcher == "torchrun" else deepspeed), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore",
+                   "PYTHONFAULTHANDLER": "1"}  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
@@ -86,3 +87,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    finish(0)

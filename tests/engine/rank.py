@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -155,8 +155,9 @@ class _Poisoned(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def main() -> int:
+def main() -> NoReturn:
     from engine import figures, train
+    from engine.ranks import finish
     from tests.pipelines.small import build
 
     for name in ("dsg_timeline", "curves", "scores"):
@@ -177,10 +178,8 @@ def main() -> int:
 
     os._exit = exit_at_once  # type: ignore[assignment]
     tell("pid", os.getpid())
-    code = train.main(sys.argv[1:])
-    tell("exit", code)
-    return code
+    finish(train.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,7 +12,7 @@ import pytest
 from engine import train
 from engine.assembly import assemble
 from engine.loop import Loop
-from engine.ranks import Ranks, rank_in_environment
+from engine.ranks import Ranks, finish, rank_in_environment
 from pipelines.division import example_rows
 from tests.engine.on_ranks import launch, needs_deepspeed, on_ranks
 from tests.engine.small_run import configure
@@ -78,7 +78,7 @@ def main() -> None:
             changes[key](loop.cursor)
 
     Loop._begin_iteration = changed  # type: ignore[assignment,method-assign]
-    sys.exit(train.main(arguments))
+    finish(train.main(arguments))
 
 
 OTHER_TASK = pytest.mark.xfail(

@@ -67,6 +67,7 @@ def main() -> None:
         engine.step()
         engine.save_checkpoint(f"{out}/{case}")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as engine.ranks.finish
 
 
 if __name__ == "__main__":
