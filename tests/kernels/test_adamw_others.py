@@ -92,6 +92,7 @@ def test_apex_normalises(apex: None) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found["torch"], found["apex"], strict=True))
 
 
+@pytest.mark.slow  # DeepSpeed compiles it first, which takes half a minute
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (make setup)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deepspeed_steps_by_the_published_rule(dtype: torch.dtype) -> None:

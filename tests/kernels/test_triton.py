@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +11,12 @@ from triton.compiler import ASTSource
 
 from kernels import dropout
 from kernels.variants import Variant
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.kernels import interpreted_tests
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "STOPGO_KERNELS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted"],
-        cwd=ROOT,
-        env=environment | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
+    code, said = interpreted_tests.finished()
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("arch", [80, 90])

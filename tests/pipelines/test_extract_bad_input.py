@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pipelines.extract.run import Options, extract
 from pipelines.extractor import Regions
 from pipelines.store.reader import FeatureStore
 from pipelines.store.writer import StoreWriter
+from tests.pipelines.little_room import little_room
 from tests.pipelines.photos import encoded, photo, write_photos
 from tests.reference import ROOT
 
@@ -209,9 +209,9 @@ except BadInput as error:
 """
 
 
-def start(images: Path, target: Path, mode: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _EXTRACT, str(images), str(target), mode]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def start(images: Path, target: Path, mode: str, first: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", first + _EXTRACT, str(images), str(target), mode]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -242,13 +242,7 @@ def test_a_killed_extraction_resumes_to_the_same_store(tmp_path: Path, many: Pat
 
 
 def test_a_full_disk_is_an_error_that_a_resume_mends(tmp_path: Path, many: Path) -> None:
-    """The limit on a file's length stands in for the disk's: the write fails in the same place."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
-
-    process = start(many, tmp_path / "s", "new", preexec_fn=limit)
+    process = start(many, tmp_path / "s", "new", little_room(150_000))
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 1 and "cannot write" in complaint and "GB free (make room" in complaint
     assert "Traceback" not in complaint and not (tmp_path / "s").exists()

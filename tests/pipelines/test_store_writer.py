@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pipelines.errors import BadInput
 from pipelines.store import writer as writer_module
 from pipelines.store.reader import FeatureStore
 from pipelines.store.writer import StoreWriter
+from tests.pipelines.little_room import little_room
 from tests.pipelines.stores import HEIGHT, WIDTH, made_up, write_store
 from tests.reference import ROOT
 
@@ -143,9 +143,9 @@ except BadInput as error:
 """
 
 
-def start(path: Path, mode: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _WRITE, str(path), mode]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def start(path: Path, mode: str, first: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", first + _WRITE, str(path), mode]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,7 @@ def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path: Path, po
 
 @pytest.mark.parametrize("room", [0, 200_000])
 def test_a_full_disk_is_an_error_that_a_resume_mends(tmp_path: Path, room: int) -> None:
-    """The limit on a file's length stands in for the disk's: the write fails in the same place."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-    process = start(tmp_path / "s", "new", preexec_fn=limit)
+    process = start(tmp_path / "s", "new", little_room(room))
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 1 and "cannot write" in complaint and "GB free (make room" in complaint
     assert complaint.count("\n") == 1 and "then --resume)" in complaint and not (tmp_path / "s").exists()
