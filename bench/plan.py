@@ -35,6 +35,7 @@ from bench.plan_model import Model
 from bench.plan_report import Plan
 from bench.timing import conditions
 from bench.worker import WorkerFailed
+from engine import deepspeed_config
 from engine.config import RunConfig, load
 from engine.tasks import CONFIGS
 from kernels import native_library
@@ -70,10 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="measure here what is predicted for one rank on this CPU")
     parser.add_argument(
         "--check-run",
-        type=int,
-        metavar="N",
-        help="run engine.train with N ranks for some iterations, and put its journal beside what is predicted "
-        "(one rank for now: engine.train does not divide a run between ranks yet)",
+        metavar="N,N",
+        help="run engine.train with N ranks here for some iterations, and put its journal beside what is predicted",
     )
     parser.add_argument("--json", type=Path, metavar="F", help="write everything here")
     parser.add_argument(
@@ -96,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     found = _projections(run, arguments, gpus, stages) if gpus else []
     for n in cpu_ranks:
-        samples = plan_ranks.measure(run, n, isa(), _say)
+        samples = plan_ranks.measure(run, n, isa(), stages, _say)
         rank = plan_ranks.fitted(run, n, isa(), samples, pipeline_rate())
         found += plans(run, rank, [n], stages, plan_ranks.PROCESS, isa())
     for plan, about in found:
@@ -122,20 +121,20 @@ def _checked(run: RunConfig, arguments: argparse.Namespace) -> list[Checked]:
     found: list[Checked] = []
     if arguments.check:
         found += plan_check.one_rank(arguments.config, arguments.overrides, isa(), _say)
-    if arguments.check_run:
-        found += _checked_run(run, arguments, arguments.check_run)
+    for n in _numbers("--check-run", arguments.check_run) if arguments.check_run else []:
+        found += _checked_run(run, arguments, n)
     return found
 
 
 def _checked_run(run: RunConfig, arguments: argparse.Namespace, n: int) -> list[Checked]:
     """Rates before the run and after it: whatever else the machine does falls on both."""
-    before = plan_ranks.measure(run, n, isa(), _say)
+    stage = deepspeed_config.stage_of(run.deepspeed or deepspeed_config.read("zero1")) if n > 1 else 0
+    before = plan_ranks.measure(run, n, isa(), [stage], _say)
     _say(f"a run of engine.train with {n} rank{'s' * (n > 1)}, a minute or more")
     measured = plan_run.measure(arguments.config, arguments.overrides, n)
-    after = plan_ranks.measure(run, n, isa(), _say)
-    samples = (before[0] + after[0], before[1] + after[1])
-    rank = plan_ranks.fitted(run, n, isa(), samples, pipeline_rate(), of=min)
-    ((plan, _),) = plans(run, rank, [n], [0], isa=isa())
+    after = plan_ranks.measure(run, n, isa(), [stage], _say)
+    rank = plan_ranks.fitted(run, n, isa(), before.also(after), pipeline_rate(), of=min)
+    ((plan, _),) = plans(run, rank, [n], [stage], isa=isa())
     name = f"engine.train, {n} rank{'s' * (n > 1)}"
     return [Checked(name, step.task, step.computing, measured[step.task]) for step in plan.steps]
 

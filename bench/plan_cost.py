@@ -77,6 +77,9 @@ class Machine(Protocol):
     def agree(self, work: Work) -> float:
         """The step's tiny all-reduce on the CPU's group, as far as the step waits for it."""
 
+    def engine(self, stage: int) -> float:
+        """What DeepSpeed adds to a step at this stage."""
+
     def load(self, images: int, sent: int, threads: int) -> float:
         """A batch read, packed and copied to where it is used, while the step before it runs."""
 
@@ -107,11 +110,13 @@ class Step:
     update: float
     communication: Communication
     load: float
+    engine: float = 0.0
+    """What DeepSpeed adds to it on the host."""
 
     @property
     def computing(self) -> float:
         """Without waiting for data."""
-        return self.work.seconds + self.communication.exposed + self.update
+        return self.work.seconds + self.communication.exposed + self.update + self.engine
 
     @property
     def seconds(self) -> float:
@@ -206,4 +211,5 @@ def step(machine: Machine, layout: Layout, task: str, head: str, batch: int, per
         update=machine.update(-(-stepped // divided), layout.trunk_tensors),
         communication=communicate(machine, layout, stepped, work),
         load=machine.load(counted.images, counted.batch_bytes, layout.data_threads),
+        engine=machine.engine(layout.stage) if layout.ranks > 1 else 0.0,
     )

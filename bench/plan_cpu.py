@@ -7,8 +7,8 @@ that `bench.plan_samples` times.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -113,6 +113,8 @@ class CpuRank:
     memory: float
     reduce: Line = Line(0.0, 0.0, 0.0)
     """An all-reduce between the ranks, by its bytes."""
+    deepspeed: Mapping[int, float] = field(default_factory=dict)
+    """By ZeRO stage, seconds that it adds to a step."""
 
     measured = True
     overlap = 0.0
@@ -132,6 +134,10 @@ class CpuRank:
     def agree(self, work: Work) -> float:
         """One all-reduce of next to nothing."""
         return self.reduce.seconds(1, 0, 0)
+
+    def engine(self, stage: int) -> float:
+        """See `Machine`."""
+        return self.deepspeed[stage]
 
     def load(self, images: int, sent: int, threads: int) -> float:
         """A thread beside the step; it takes its share of a core, which is not counted."""

@@ -85,6 +85,10 @@ class GpuRank:
         """It is the host's: a GPU that is behind its host does not wait for it."""
         return self.efficiencies.agreement.value if work.host >= work.device else 0.0
 
+    def engine(self, stage: int) -> float:
+        """Not known for GPUs' hosts: `bench.hooks` says what it takes on a CPU's rank."""
+        return 0.0
+
     def load(self, images: int, sent: int, threads: int) -> float:
         """Packing and copying to the device go on side by side."""
         copied = sent / (self.efficiencies.host_to_device.value * self.gpu.host_to_device)

@@ -23,7 +23,7 @@ from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
 from engine.slices import units
 from engine.step import forward_backward
-from engine.tasks import load_table
+from engine.tasks import TaskRow, load_table
 from kernels import huge_pages
 from kernels.attention import attention_backward, attention_forward
 from kernels.bias_dropout_residual_layernorm import (
@@ -48,12 +48,12 @@ _SHALLOW = {
     "num_hidden_layers": 2, "v_num_hidden_layers": 2, "t_biattention_id": (1,), "v_biattention_id": (1,),
 }  # fmt: skip
 """The model that whole steps are measured on: every kind of block, few of each."""
-_SMALL = {
+SMALL = {
     "vocab_size": 600, "hidden_size": 96, "intermediate_size": 96, "v_hidden_size": 96, "v_intermediate_size": 96,
     "bi_hidden_size": 96, "num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention_heads": 4,
 }  # fmt: skip
 """So small that what its update takes is what a tensor takes, however few its values."""
-_TASKS = ("snli_ve", "refcoco")
+TASKS = ("snli_ve", "refcoco")
 """One whose head reads pooled rows, and one whose head reads regions."""
 _EXAMPLES, _MORE_EXAMPLES = (1, 4, 16), 64
 _ROUNDS = 3
@@ -94,12 +94,12 @@ class Steps:
     """Whole steps of a model as wide as a configuration's and not as deep, forward and backward apart from the update."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, isa: str) -> None:
-        self._rows = [load_table().row(name) for name in _TASKS]
+        self._rows = [load_table().row(name) for name in TASKS]
         heads = {row.head: PUBLISHED_HEADS[row.head] for row in self._rows}
         self._examples = (*_EXAMPLES, _MORE_EXAMPLES) if config.hidden_size < _NARROW else _EXAMPLES
         sizes = [config.model_copy(update=_SHALLOW)]
         if config.hidden_size >= _NARROW:
-            sizes.append(sizes[0].model_copy(update=_SMALL))
+            sizes.append(sizes[0].model_copy(update=SMALL))
         self._models = []
         for size in sizes:
             model = ViLBERT(size, heads)
@@ -108,32 +108,54 @@ class Steps:
             self._models.append((size, model, optimizer, Model(size, heads, dtype, isa)))
 
     def samples(self, dtype: torch.dtype) -> list[Sample]:
-        """One pass; a second or two. What the small model's steps take says nothing of wide ones: only its update counts."""
+        """One pass; a second or two. What the small model's steps take says nothing of wide ones: only its update counts.
+
+        No step follows one like it: in a run other tasks, and the packing of batches, have had the caches in between.
+        """
+        cases = [
+            _Case(place == 0, size, model, optimizer, twin, row, examples)
+            for place, (size, model, optimizer, twin) in enumerate(self._models)
+            for examples in (self._examples if place == 0 else self._examples[:1])
+            for row in self._rows
+        ]
+        times: list[list[tuple[float, float]]] = [[] for _ in cases]
+        for _ in range(1 + _ROUNDS):
+            for case, seconds in zip(cases, times, strict=True):
+                seconds.append(case.step(dtype))
         found = []
-        for place, (size, model, optimizer, twin) in enumerate(self._models):
-            for examples in self._examples if place == 0 else self._examples[:1]:
-                for row in self._rows:
-                    batch = pack(draw(row, lengths.load()[row.name], size, examples, (0, 0)), dtype)
-                    counted = twin.count(batch, row.head)
-                    seconds, update = _step_seconds(model, optimizer, batch, row.head)
-                    tensors = len(list(model.trunk.parameters()))
-                    found.append(Sample("adamw", tensors, 0, counted.gradients * UPDATE_BYTES["bfloat16"], update))
-                    if place == 0:
-                        found.append(Sample("steps", 0, 0, 0, seconds, counted))
+        for case, seconds in zip(cases, times, strict=True):
+            step, update = (median(each) for each in zip(*seconds[1:], strict=True))
+            counted = case.twin.count(case.batch(dtype), case.row.head)
+            tensors = len(list(case.model.trunk.parameters()))
+            found.append(Sample("adamw", tensors, 0, counted.gradients * UPDATE_BYTES["bfloat16"], update))
+            if case.wide:
+                found.append(Sample("steps", 0, 0, 0, step, counted))
         return found
 
 
-def _step_seconds(model: ViLBERT, optimizer: Optimizer, batch: Batch, head: str) -> tuple[float, float]:
-    """Medians of forward and backward, and of the update, after one of both."""
-    found = []
-    for _ in range(1 + _ROUNDS):
+@dataclass(frozen=True)
+class _Case:
+    """Steps of one size."""
+
+    wide: bool
+    size: ModelConfig
+    model: ViLBERT
+    optimizer: Optimizer
+    twin: Model
+    row: TaskRow
+    examples: int
+
+    def batch(self, dtype: torch.dtype) -> Batch:
+        return pack(draw(self.row, lengths.load()[self.row.name], self.size, self.examples, (0, 0)), dtype)
+
+    def step(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the update."""
+        batch = self.batch(dtype)
         started = time.perf_counter()
-        results = forward_backward(model, head, 1.0, True, batch, Randomness(0, 1, training=True))
+        results = forward_backward(self.model, self.row.head, 1.0, True, batch, Randomness(0, 1, training=True))
         half = time.perf_counter()
-        optimizer.step(head, 1e-3, results[0])
-        found.append((half - started, time.perf_counter() - half))
-    firsts, seconds = zip(*found[1:], strict=True)
-    return median(firsts), median(seconds)
+        self.optimizer.step(self.row.head, 1e-3, results[0])
+        return half - started, time.perf_counter() - half
 
 
 class _Layer:

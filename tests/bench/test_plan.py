@@ -159,6 +159,9 @@ class Slow:
     def agree(self, work: Work) -> float:
         return 0.25
 
+    def engine(self, stage: int) -> float:
+        return 0.5 * stage
+
     def load(self, images: int, sent: int, threads: int) -> float:
         return images / threads
 
@@ -194,7 +197,9 @@ def test_a_step() -> None:
     assert (whole.work.seconds, whole.update, whole.seconds, whole.waiting) == (6, 12, 18, 0)
     starved = step(Slow(), layout(ranks=1, data_threads=2), "vqa", "a", 8, 8, Counted(images=100))
     assert (starved.seconds, starved.waiting) == (50, 32)
-    assert step(Slow(), layout(stage=1), "vqa", "b", 8, 2, Counted()).update == pytest.approx(1100 / 4 / 100)
+    divided = step(Slow(), layout(stage=1), "vqa", "b", 8, 2, Counted())
+    assert divided.update == pytest.approx(1100 / 4 / 100) and (divided.engine, whole.engine) == (0.5, 0)
+    assert divided.computing == pytest.approx(6 + divided.communication.exposed + 1100 / 4 / 100 + 0.5)
 
 
 def gpu(**changes: Any) -> GpuRank:
@@ -387,7 +392,7 @@ def test_a_check_fails_beyond_15_percent(predicted: float, code: int, monkeypatc
 
 @pytest.mark.slow
 def test_two_ranks_on_a_cpu() -> None:
-    samples = plan_ranks.measure(tiny(), 2, plan.isa(), lambda line: None)
+    samples = plan_ranks.measure(tiny(), 2, plan.isa(), [0, 1], lambda line: None)
     rank = plan_ranks.fitted(tiny(), 2, plan.isa(), samples, 1000.0)
     assert isinstance(rank, CpuRank) and rank.reduce.seconds(1, 0, 1e6) > 0
     for of, _ in plan.plans(tiny("tasks=[vqa,nlvr2]"), rank, [2], [0, 1], isa=plan.isa()):
