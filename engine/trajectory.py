@@ -17,12 +17,16 @@ from engine.optimizer import Optimizer, OptimizerSettings
 from engine.ranks import Ranks
 from engine.slices import units
 from engine.step import Plain, Stepper
+from kernels.backends import interpreting
 from pipelines.batch import Batch
 
 
 def stages() -> tuple[int | None, ...]:
-    """Who can step it here: nobody but us (None), and DeepSpeed at each ZeRO stage where it is installed."""
-    return (None, 0, 1, 2, 3) if find_spec("deepspeed") else (None,)
+    """Who can step it here: nobody but us (None), and DeepSpeed at each ZeRO stage where it is installed.
+
+    Not in Triton's interpreter, which takes a quarter of an hour for each, and runs the same kernels in all of them.
+    """
+    return (None, 0, 1, 2, 3) if find_spec("deepspeed") and not interpreting() else (None,)
 
 
 def stepper(

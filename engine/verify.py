@@ -38,6 +38,7 @@ from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.ranks import finish
 from engine.stopgo import Controller, Decision, PaperController, ReferenceController, restore
+from kernels.backends import interpreting
 from pipelines.errors import BadInput
 
 ABSOLUTE, RELATIVE = 2e-5, 1e-4
@@ -83,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--failures", type=int, default=8, help="differences to list past the tolerance")
     arguments = parser.parse_args(argv)
+    if interpreting():
+        print(
+            "Triton's interpreter: a quarter of an hour or more; DeepSpeed's trajectories are left out", file=sys.stderr
+        )
     try:
         rows = list(_told_when_slow(verify(arguments.golden, getattr(torch, arguments.dtype))))
     except BadInput as error:
