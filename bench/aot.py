@@ -7,6 +7,7 @@ is a row in the table. Nothing is left on disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -153,6 +154,16 @@ def main() -> int:
             answer = {"error": _first_line(error)}
         print(json.dumps(answer), file=answers, flush=True)
     return 0
+
+
+def sources() -> str:
+    """Digest of the files that hold Triton kernels: what a record of compiled ones is a record of."""
+    digest = hashlib.sha256()
+    for file in sorted((Path(__file__).parent.parent / "kernels").rglob("*.py")):
+        text = file.read_bytes()
+        if b"import triton" in text:
+            digest.update(file.name.encode() + b"\0" + text)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

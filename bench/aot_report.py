@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.aot import Compiled, check
+from bench.aot import Compiled, check, sources
 from bench.kernel_report import table
 from bench.timing import version
 from bench.traffic import Counted, count_all, within
@@ -31,6 +31,7 @@ def run(ops: Sequence[str], archs: Sequence[str], jobs: int, json_path: Path | N
         json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "triton": version("triton"),
+            "sources": sources(),
             "variants": [asdict(row) | {"verdict": row.verdict} for row in compiled],
             "traffic": [_traffic_json(case) for case in counted],
             "not_counted": failed,
