@@ -12,8 +12,10 @@ import pytest
 
 from bench import gate, gate_counts, ours
 from bench.gate import Change, changes
+from bench.pipeline_readers import OurReader
 from pipelines import buckets
 from pipelines.batch import Batch
+from pipelines.errors import BadInput
 
 BEFORE = {"steps/vqa/copies": 3.0, "steps/vqa/of op/clone": 1.0, "steps/vqa/of op/cat": 2.0, "ranks/ZeRO-1/reads": 0.0}
 
@@ -88,14 +90,14 @@ def test_counting_twice_gives_the_same(vqa: dict[str, float]) -> None:
 
 def test_a_copy_of_the_features_of_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(gate.flat({"batches": gate_counts.batches()}))
-    batch = gate_counts.OurReader.batch
+    batch = OurReader.batch
 
     def copied(self: Any, keys: list[str]) -> Batch:
         found = batch(self, keys)
         found.features.float().numpy().copy()
         return found
 
-    monkeypatch.setattr(gate_counts.OurReader, "batch", copied)
+    monkeypatch.setattr(OurReader, "batch", copied)
     found = {
         c.name for c in changes(before, dict(gate.flat({"batches": gate_counts.batches()})), ["batches"]) if c.grew
     }
@@ -128,5 +130,5 @@ def test_a_record_of_other_kernels_is_refused(tmp_path: Path, monkeypatch: pytes
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"sources": "of another day", "variants": [], "traffic": []}))
     monkeypatch.setattr(gate_counts, "RECORD", record)
-    with pytest.raises(gate_counts.BadInput, match="of other kernels.*--aot"):
+    with pytest.raises(BadInput, match="of other kernels.*--aot"):
         gate_counts.kernels()
