@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from bench import gate, gate_counts, ours
+from bench.batches import pack
 from bench.gate import Change, changes
 from bench.pipeline_readers import OurReader
+from engine.step import train_step
 from pipelines import buckets
 from pipelines.batch import Batch
 from pipelines.errors import BadInput
@@ -67,9 +69,10 @@ def extra_read(batch: Batch) -> Batch:
 def test_what_is_planted_in_a_step_is_named(
     vqa: dict[str, float], planted: Callable[[Batch], Batch], named: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = ours.train_step
     monkeypatch.setattr(
-        ours, "train_step", lambda model, optimizer, batch, *a, **k: step(model, optimizer, planted(batch), *a, **k)
+        ours,
+        "train_step",
+        lambda model, optimizer, batch, *a, **k: train_step(model, optimizer, planted(batch), *a, **k),
     )
     now = dict(gate.flat({"steps": gate_counts.steps(["vqa"])}))
     found = {change.name: change for change in changes(vqa, now, ["steps"])}
@@ -78,7 +81,7 @@ def test_what_is_planted_in_a_step_is_named(
 
 
 def test_a_padded_row_is_named(vqa: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    pack, grid = ours.pack, buckets.Grid.fitting(128)
+    grid = buckets.Grid.fitting(128)
     monkeypatch.setattr(ours, "pack", lambda *arguments: buckets.pad(pack(*arguments), grid))
     found = [c.name for c in changes(vqa, dict(gate.flat({"steps": gate_counts.steps(["vqa"])})), ["steps"]) if c.grew]
     assert {"steps/vqa/padded rows", "steps/vqa/rows"} <= set(found)
