@@ -161,7 +161,7 @@ def sources() -> str:
     digest = hashlib.sha256()
     for file in sorted((Path(__file__).parent.parent / "kernels").rglob("*.py")):
         text = file.read_bytes()
-        if b"import triton" in text:
+        if b"triton.jit" in text:
             digest.update(file.name.encode() + b"\0" + text)
     return digest.hexdigest()
 
