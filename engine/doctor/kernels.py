@@ -83,8 +83,10 @@ def _ops(asked: Asked) -> Iterator[Line]:
         with backends.using(asked.config.kernels if asked.config else {}):
             choices = backends.report(device, build=asked.build or _built())
     except ValueError as error:  # an override that does not exist, or that cannot be obeyed
+        op = str(error).partition(":")[0]
+        by_run = asked.config is not None and op in asked.config.kernels
         named = [name for name in ("STOPGO_KERNELS", "STOPGO_ISA") if os.environ.get(name)]
-        yield Line("ops", str(error), "problem", f"unset {' '.join(named)}" if named else "kernels={}")
+        yield Line("ops", str(error), "problem", f"kernels.{op}=torch" if by_run else f"unset {' '.join(named)}")
         return
     for backend, ops in backends.grouped(choices).items():
         yield Line(f"on the {_PLACES[device.type]}", f"{backend}: {', '.join(ops)}")

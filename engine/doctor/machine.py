@@ -73,7 +73,7 @@ def memory(total: int, available: int, limit: int | None, held: int | None, kill
         inside = max(0, limit - (held or 0))
         free, value = min(available, inside), f"{value}; the cgroup allows {gib(limit)}, {gib(inside)} are left"
         if inside < available:
-            mend = f"docker run --memory={_STEP_OF_THE_FULL_MODEL // 2**30 + 9}g …, or sbatch --mem=16G"
+            mend = "docker run --memory=16g …, or sbatch --mem=16G"
     if free < _LITTLE_MEMORY:
         yield Line("memory", f"{value}: too little to train anything", "problem", mend)
     elif free < _STEP_OF_THE_FULL_MODEL:

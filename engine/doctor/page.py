@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
 
 from engine.doctor.lines import Line
 
@@ -14,16 +15,17 @@ _WIDEST = 17
 """Of the column that says what a line is about."""
 
 
-def show(sections: Sequence[tuple[str, Sequence[Line]]] | Sections) -> None:
+def show(sections: Sections) -> None:
     """Print the page to stdout."""
-    named = sections if isinstance(sections, Mapping) else dict(sections)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths and terminals may know other letters
     if sys.stdout.isatty():
         try:
-            _show_in_colour(named)
+            _show_in_colour(sections)
             return
-        except ImportError:  # rich: the page itself will say that packages are missing
+        except ImportError:  # no rich: the page itself says that packages are missing
             pass
-    print(plain(named))
+    print(plain(sections))
 
 
 def plain(sections: Sections) -> str:

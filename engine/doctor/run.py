@@ -109,7 +109,7 @@ def verdict(found: Measured, config: Mapping[str, Any]) -> Iterator[Line]:
     if waiting > WAIT_NOTE:
         yield _bound_by_data(found, waiting, int(config.get("data_threads") or 1))
     else:
-        yield Line("data", f"steps waited for it {waiting:.1%} of the time: as they should ({WAIT_NOTE:.0%})")
+        yield Line("data", f"steps waited for it {waiting:.1%} of the time (up to {WAIT_NOTE:.0%} is well)")
         yield _bound_by_steps(found, config)
     yield from _beside(found, config)
 

@@ -154,11 +154,12 @@ def _places(stores: Sequence[FeatureStore]) -> Iterator[Line]:
 
 def _readers(path: Path) -> Iterator[Line]:
     """Entries of processes that are gone in the reader table of LMDB's library. Training keeps no such table; other programs
-    that read or write the store do, and a dead entry holds old pages for them."""
+    that read or write the store do, and a dead entry holds old pages for them. Where none of them has the store open, the
+    library forgets the table when it is asked."""
     from pipelines.store.reader import shard_paths
 
     for folder in shard_paths(path):
-        if (folder / "lock.mdb").exists():
+        if os.access(folder / "lock.mdb", os.W_OK):
             import lmdb
 
             with lmdb.open(str(folder), readonly=True, create=False) as environment:

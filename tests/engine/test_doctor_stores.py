@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import lmdb
 import pytest
+import torch
 import yaml
 
-from engine.doctor import stores
+from engine.config import load
+from engine.doctor import machine, packages, stores
 from tests.engine.doctor_page import line_of, page_of
 from tests.engine.small_run import configure
 from tests.pipelines.small import FEATURES
@@ -55,6 +58,24 @@ def test_a_run_whose_data_are_sound(small: Path, capsys: pytest.CaptureFixture[s
     assert store.startswith("good") and f"float32 × {FEATURES}" in store
     assert line_of(text, "files").startswith("good")
     assert line_of(text, "page cache").startswith("good")
+
+
+def test_what_a_run_asks_for_in_vain(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each mend is an override that the run takes."""
+    run = yaml.safe_load((small / "run.yaml").read_text())
+    run |= {"threads": 4096, "kernels": {"adamw": "apex"}, "device": "cuda" if not torch.cuda.is_available() else "cpu"}
+    run |= {"data_path": "dali"}
+    (small / "run.yaml").write_text(yaml.safe_dump(run))
+    text = page_of(["--config", str(small / "run.yaml"), "--device", "cpu"], capsys)
+    threads, ops = line_of(text, "threads"), line_of(text, "ops")
+    assert threads.startswith("problem") and ops.startswith("problem")
+    mends = [line.partition("mend: ")[2] for line in (threads, ops)]
+    config = load(small / "run.yaml", mends)
+    assert config.threads == math.floor(machine.usable_cores()) and config.kernels == {"adamw": "torch"}
+    if not torch.cuda.is_available():
+        assert line_of(text, "gpu").endswith("mend: device=cpu")
+    if not packages._is_there("nvidia.dali"):
+        assert line_of(text, "dali").startswith("problem") and line_of(text, "dali").endswith("mend: make setup-dali")
 
 
 def cut_store(small: Path) -> Path:
