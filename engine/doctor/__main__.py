@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN_FOLDER", help="say what held this run back")
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="look at what this run needs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose kernels to show")
-    parser.add_argument("--build", action="store_true", help="compile what is not built yet (about half a minute)")
+    parser.add_argument("--build", action="store_true", help="compile what is not built yet (some 15 seconds)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the same lines here, as data")
     parser.add_argument("--debug", action="store_true", help="tracebacks of probes that fail, on stderr")
     return parser

@@ -19,8 +19,8 @@ from engine.doctor.lines import Asked, Line, Probe, gib
 if TYPE_CHECKING:
     from engine.config import RunConfig
 
-_STEP_OF_THE_FULL_MODEL = 7 * 2**30
-"""What a training step of the full model takes in bfloat16 on a CPU at 16 samples: 16 bytes a value, and 2.5 GiB to work in
+_BYTES_IN_TRAINING, _BYTES_TO_WORK_IN = 16, 5 * 2**29
+"""On a CPU: of a value (itself, gradient, master or not, two moments), and of a step of the full model at 16 samples
 (bench/results/iterations_batch_16.json)."""
 _FULL_MODEL = 268_028_859
 _BYTES_OF_A_VALUE = 12
@@ -65,8 +65,9 @@ def load(load_average: float, usable: float) -> Line:
     return Line("load", f"{value}: steps that share their cores slow down far beyond their part", "note", "top -o %CPU")
 
 
-def memory(total: int, available: int, limit: int | None, held: int | None, killed: int) -> Iterator[Line]:
-    """Bytes: of the machine, free or to be had there, and of this process's group: its limit and what it holds already."""
+def memory(total: int, available: int, limit: int | None, held: int | None, killed: int, needed: int) -> Iterator[Line]:
+    """Bytes: of the machine, free or to be had there; of this process's group, its limit and what it holds already; and what
+    training the model takes. `killed`: processes of the group."""
     free, value = available, f"{gib(available)} of {gib(total)} to be had"
     mend = "ps aux --sort=-rss | head"
     if limit is not None and limit < total:
@@ -76,8 +77,8 @@ def memory(total: int, available: int, limit: int | None, held: int | None, kill
             mend = "docker run --memory=16g …, or sbatch --mem=16G"
     if free < _LITTLE_MEMORY:
         yield Line("memory", f"{value}: too little to train anything", "problem", mend)
-    elif free < _STEP_OF_THE_FULL_MODEL:
-        yield Line("memory", f"{value}; the full model takes {gib(_STEP_OF_THE_FULL_MODEL)} on a CPU", "note", mend)
+    elif free < needed:
+        yield Line("memory", f"{value}; training the model on a CPU takes about {gib(needed)}", "note", mend)
     else:
         yield Line("memory", value)
     if killed:
@@ -122,7 +123,7 @@ def limits(files: float, processes: float, locked: float, infiniband: bool) -> I
         yield Line("locked memory", f"{value} (only InfiniBand needs more)" if not math.isinf(locked) else value)
 
 
-def disk(folder: Path, free: int, files: int, checkpoint: int, kept: int) -> Line:
+def disk(folder: Path, free: int, files: float, checkpoint: int, kept: int) -> Line:
     """Room in the file system of `folder`, where a run writes: bytes and files, beside `kept` checkpoints of so many bytes."""
     value = f"{gib(free)} free for {folder}; a run keeps {kept} checkpoints of {gib(checkpoint)}"
     if free < 2 * checkpoint:  # the newest one, and that which takes its place
@@ -166,7 +167,12 @@ def _load(asked: Asked) -> Iterator[Line]:
 def _memory(asked: Asked) -> Iterator[Line]:
     info, groups = _meminfo(), Cgroups()
     yield from memory(
-        info["MemTotal"], info["MemAvailable"], groups.memory_limit(), groups.memory_held(), groups.killed()
+        info["MemTotal"],
+        info["MemAvailable"],
+        groups.memory_limit(),
+        groups.memory_held(),
+        groups.killed(),
+        _BYTES_IN_TRAINING * _values(asked.config) + _BYTES_TO_WORK_IN,
     )
 
 
@@ -200,18 +206,20 @@ def _disk(asked: Asked) -> Iterator[Line]:
     if not os.access(there, os.W_OK):
         yield Line("disk", f"{folder}: no right to write there", "problem", "output=ANOTHER_FOLDER")
         return
-    values, kept = _FULL_MODEL, 2
+    kept = 2
     if config is not None:
         from engine.config import load_tasks
 
-        values = _values(config)
         kept = config.checkpoint.keep + config.checkpoint.best * len(load_tasks(config)[1])
     room = os.statvfs(there)
-    yield disk(folder, room.f_bavail * room.f_frsize, room.f_favail, _BYTES_OF_A_VALUE * values, kept)
+    files = room.f_favail if room.f_files else math.inf  # some file systems have no table of files that could be full
+    yield disk(folder, room.f_bavail * room.f_frsize, files, _BYTES_OF_A_VALUE * _values(config), kept)
 
 
-def _values(config: RunConfig) -> int:
-    """Of the run's model, about: the published layout at its size."""
+def _values(config: RunConfig | None) -> int:
+    """Of the run's model, about: the published layout at its size; of the full model where no run is named."""
+    if config is None:
+        return _FULL_MODEL
     from engine.model.published import TIED, published_shapes
 
     return sum(math.prod(shape) for key, shape in published_shapes(config.model, {}).items() if key != TIED)
