@@ -391,10 +391,8 @@ def use_kernels(config: RunConfig, device: torch.device, say: Callable[[str], No
     if device.type == "cpu":
         heap.keep()
     backends.use(config.kernels)
-    by_backend: dict[str, list[str]] = {}
     try:
-        for choice in backends.report(device):
-            by_backend.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
+        by_backend = backends.grouped(backends.report(device))
     except backends.UnusableBackend as error:
         raise BadInput("kernels", str(error)) from None
     main = max(by_backend, key=lambda name: len(by_backend[name]))

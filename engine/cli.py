@@ -11,7 +11,7 @@ COMMANDS = {
     "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
     "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
-    "doctor": ("engine.doctor", "what this machine has, and which kernels a run would use"),
+    "doctor": ("engine.doctor.__main__", "what is wrong with this machine, or held a run back, and how to mend it"),
     "world": ("pipelines.world.__main__", "build the embedded world"),
     "extract": ("pipelines.extract.__main__", "images -> region features in a store, by a detector"),
     "mine": ("pipelines.mine.__main__", "mine hard negatives for retrieval"),

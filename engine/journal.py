@@ -52,6 +52,9 @@ EVENTS = {
     "checkpoint": "path, stalled_ms: how long the loop waited for it",
     "save_failed": "error: why a checkpoint could not be saved",
     "graphs": "eager, captures, replays, dropped, rows, padded_rows, padded_row_share: of CUDA graphs, since the process began",
+    "usage": "what the process of rank 0 used since the last log iteration: seconds, cpu_s (of all its threads), threads (of "
+    "torch), read_bytes (from disks; what the page cache had is not among them); and now: memory_bytes (its own), device, "
+    "device_bytes (most that tensors took on a GPU; null on a CPU)",
     "signal": "name: why the run ends early",
     "result": "task, score (last), best, majority, blind: final scores and baselines, null where not measured",
     "end": "reason: done, signal or error",

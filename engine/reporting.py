@@ -17,6 +17,7 @@ from engine.ranks import Ranks
 from engine.saving import Saved
 from engine.stopgo import Decision
 from engine.tasks import LOSS_PARTS
+from engine.usage import Meter
 from engine.validation import Validated
 from pipelines.batch import Batch
 
@@ -26,6 +27,7 @@ class Reporter(Listener):
 
     def __init__(self, parts: Parts, journal: Journal, console: Console, cursor: Cursor) -> None:
         self.parts, self.journal, self.console, self.cursor = parts, journal, console, cursor
+        self.meter = Meter(parts.device)
         self.views = {name: TaskView(score=cursor.scores.get(name), best=cursor.best.get(name)) for name in parts.tasks}
 
     def window(self, iteration: int, task: str, window: Window, clock: Clock, lr: float, decision: Decision) -> None:
@@ -80,6 +82,7 @@ class Reporter(Listener):
         """See `Listener`."""
         every = self.parts.config.logging.every
         if cursor.iteration % every == 0 or cursor.iteration == self.parts.config.max_iterations:
+            self.journal.event("usage", cursor.iteration, **self.meter.take())
             self.console.update(cursor.iteration, self.views)
 
     def saving(self) -> None:

@@ -13,7 +13,7 @@ times slower.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import native_library
 from kernels.names import CHOICES, PROJECTION, check, parse
+from kernels.native_library import Native
 
 ENVIRONMENT = "STOPGO_KERNELS"
 
@@ -91,26 +92,42 @@ def by_rule(op: str, x: Tensor) -> str:
     return _rule(op, x.dtype, x.device)
 
 
-def _decide(op: str, dtype: torch.dtype, device: torch.device) -> str:
+def _decide(
+    op: str, dtype: torch.dtype, device: torch.device, native: Callable[[], Native] = native_library.found
+) -> str:
     forced = _overrides.get(op)
     if forced is None:
-        return _rule(op, dtype, device)
-    _refuse_unusable(op, forced, device)
+        return _rule(op, dtype, device, native)
+    _refuse_unusable(op, forced, device, native)
     return forced if dtype is not torch.float64 else "torch"
 
 
-def _rule(op: str, dtype: torch.dtype, device: torch.device) -> str:
+def _rule(
+    op: str, dtype: torch.dtype, device: torch.device, native: Callable[[], Native] = native_library.found
+) -> str:
+    """`native` is asked on a CPU only: elsewhere nothing is built."""
     if dtype is torch.float64:
         return "torch"
     if device.type == "cuda":
         return "torch" if op == PROJECTION else "triton"
-    return "native" if device.type == "cpu" and _has_native(op) else "torch"
+    return "native" if device.type == "cpu" and _has_native(op, native()) else "torch"
 
 
-def report(device: torch.device) -> list[Choice]:
-    """What every op uses on `device`, and why."""
-    sample = torch.empty(0, device=device)
-    return [Choice(op, choose(op, sample), _reason(op, device)) for op in CHOICES]
+def report(device: torch.device, build: bool = True) -> list[Choice]:
+    """What every op uses on `device`, and why. Raises UnusableBackend.
+
+    Without `build` nothing is compiled: what can be is taken for built (`native_library.expected`).
+    """
+    native = native_library.found if build else native_library.expected
+    return [Choice(op, _decide(op, torch.float32, device, native), _reason(op, device, native)) for op in CHOICES]
+
+
+def grouped(choices: Iterable[Choice]) -> dict[str, list[str]]:
+    """The ops by what they use: {"native (amx)": ["attention", …]}."""
+    by_backend: dict[str, list[str]] = {}
+    for choice in choices:
+        by_backend.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
+    return by_backend
 
 
 def interpreting() -> bool:
@@ -118,15 +135,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _refuse_unusable(op: str, backend: str, device: torch.device) -> None:
+def _refuse_unusable(op: str, backend: str, device: torch.device, native: Callable[[], Native]) -> None:
     if backend == "native" and device.type != "cpu":
         raise UnusableBackend(f"{op}: the native kernels are for the CPU, not for {device} (use triton or torch)")
-    if backend == "native" and not native_library.available():
-        raise UnusableBackend(f"{op}: no native kernels here: {native_library.reason()} (use torch)")
-    if backend == "native" and not _has_native(op):
-        raise UnusableBackend(
-            f"{op}: the native one needs a CPU with AMX; this library is {native_library.isa()} (use torch)"
-        )
+    if backend == "native" and not native().isa:
+        raise UnusableBackend(f"{op}: no native kernels here: {native().reason} (use torch)")
+    if backend == "native" and not _has_native(op, native()):
+        raise UnusableBackend(f"{op}: the native one needs a CPU with AMX; this library is {native().isa} (use torch)")
     if backend in _MODULES and not _installed(_MODULES[backend]):
         raise UnusableBackend(f"{op}: {backend} is not installed ({_INSTALL[backend]}; or use native, triton or torch)")
     if backend == "apex" and device.type != "cuda":
@@ -145,15 +160,17 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _has_native(op: str) -> bool:
-    return native_library.available() and (op != PROJECTION or native_library.isa() == "amx")
+def _has_native(op: str, native: Native) -> bool:
+    return native.isa == "amx" if op == PROJECTION else bool(native.isa)
 
 
-def _reason(op: str, device: torch.device) -> str:
+def _reason(op: str, device: torch.device, native: Callable[[], Native]) -> str:
     if op in _overrides:
         return "as asked"
     if device.type == "cuda":
         return "CUDA device"
-    if device.type == "cpu" and native_library.available():
-        return native_library.isa() if _has_native(op) else "oneDNN"
-    return native_library.reason() or f"no kernels for {device.type}"
+    if device.type != "cpu":
+        return f"no kernels for {device.type}"
+    if native().isa:
+        return native().isa if _has_native(op, native()) else "oneDNN"
+    return native().reason

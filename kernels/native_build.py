@@ -14,6 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
+NO_COMPILER = "no C++ compiler found"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that is taken: `CXX`, else g++, else c++; None where there is none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def library_path(name: str, folder: Path, flags: Sequence[str]) -> Path:
@@ -26,20 +32,20 @@ def library_path(name: str, folder: Path, flags: Sequence[str]) -> Path:
 
 def build(path: Path, folder: Path, flags: Sequence[str], link_flags: Sequence[str]) -> str:
     """Compile the sources of `folder` into `path`, one process per source; why it failed, or an empty string."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        return "no C++ compiler found"
+    command = compiler()
+    if command is None:
+        return NO_COMPILER
     path.parent.mkdir(exist_ok=True)
     sources = sorted(folder.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         commands = [
-            [compiler, *flags, "-c", str(source), "-o", str(built)]
+            [command, *flags, "-c", str(source), "-o", str(built)]
             for source, built in zip(sources, objects, strict=True)
         ]
         # Linked under another name and renamed, so that processes starting together never load half a file.
         linked = Path(scratch) / "linked.so"
-        why = _run(commands) or _run([[compiler, "-shared", *link_flags, "-o", str(linked), *map(str, objects)]])
+        why = _run(commands) or _run([[command, "-shared", *link_flags, "-o", str(linked), *map(str, objects)]])
         if not why:
             os.replace(linked, path)
     return why

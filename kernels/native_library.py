@@ -12,11 +12,12 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch  # first, so that the library shares torch's OpenMP pool instead of bringing a second one
 from torch import Tensor
 
-from kernels.native_build import build, library_path
+from kernels.native_build import NO_COMPILER, build, compiler, library_path
 
 _SOURCES = Path(__file__).resolve().parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
@@ -70,6 +71,27 @@ _AMX_SIGNATURES: dict[str, list] = {
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class Native(NamedTuple):
+    """What the native kernels are here."""
+
+    isa: str
+    """The instruction set in use; empty where they cannot be used."""
+    reason: str
+    """Why they cannot; empty where they can."""
+
+
+def found() -> Native:
+    """What is in use here (built the first time)."""
+    return Native(isa(), "") if available() else Native("", reason())
+
+
+def expected() -> Native:
+    """What `found` would say, as far as can be told without compiling: a library that is not built yet counts as one that
+    can be, where there is a compiler."""
+    name = wanted_isa()
+    return Native(name, "") if path_of(name).exists() or compiler() else Native("", NO_COMPILER)
+
+
 def available() -> bool:
     """Whether the native kernels can be used here (builds them the first time)."""
     return _loaded()[0] is not None
@@ -106,9 +128,7 @@ def pointer(x: Tensor | None) -> int | None:
 
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    name = os.environ.get("STOPGO_ISA") or best_isa()
-    if name not in _ISA_FLAGS:
-        raise ValueError(f"STOPGO_ISA={name}: there are {', '.join(_ISA_FLAGS)}")
+    name = wanted_isa()
     path = path_of(name)
     why = "" if path.exists() else build(path, _SOURCES, _flags(name), ["-fopenmp"])
     if why:
@@ -123,6 +143,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     loaded.stopgo_isa.restype = ctypes.c_char_p
     loaded.stopgo_square_sum.argtypes, loaded.stopgo_square_sum.restype = [D, N, P], ctypes.c_double
     return loaded, ""
+
+
+def wanted_isa() -> str:
+    """The instruction set to use: `STOPGO_ISA`, else the best one. ValueError for one that does not exist."""
+    name = os.environ.get("STOPGO_ISA") or best_isa()
+    if name not in _ISA_FLAGS:
+        raise ValueError(f"STOPGO_ISA={name}: there are {', '.join(_ISA_FLAGS)}")
+    return name
 
 
 def best_isa() -> str:
