@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup setup-dali setup-gpu train test test-slow lint format native native-test bench gpu
+.PHONY: setup setup-dali setup-gpu train test test-slow lint format gate native native-test bench gpu
 
 setup: $(READY)
 
@@ -58,6 +58,10 @@ native: $(READY)
 native-test:
 	@cmake -S . -B build/sanitized -DSTOPGO_TESTS=ON >/dev/null && cmake --build build/sanitized --target native_test -j2
 	@build/sanitized/native_test
+
+# What the engine does, counted, against bench/baseline.json: fails with the name of what grew.
+gate: $(READY)
+	$(BIN)/python -m bench.gate
 
 bench: $(READY)
 	$(BIN)/python -m bench
