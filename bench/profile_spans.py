@@ -1,0 +1,178 @@
+"""Spans of one step: what began and ended within what, and what was spent in each place itself.
+
+    step > phase (data, copy, forward, loss, backward, reduce, step) > block (text 3) > op (attention) > kernel
+
+A place is (phase, block, op); op "" is what lies between the ops of a block, or of a phase. The seconds of all places together
+are the step's, because each has what no other place within it has. A kernel is inside of an op and takes nothing from it: what
+an op takes beyond its kernels is spent in Python. An op that calls none that could be seen counts as a kernel as a whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+
+from bench.profile_ops import Op
+
+Kind = Literal["step", "phase", "block", "op", "kernel"]
+PHASES = ("data", "copy", "forward", "loss", "backward", "graph", "reduce", "step")
+"""Ranges of the engine (`engine.ranges`) and of this benchmark that are phases; its others are blocks."""
+BETWEEN = ""
+"""The phase of what lies between phases; the op of what lies between ops."""
+
+
+class Place(NamedTuple):
+    """Where time goes."""
+
+    phase: str
+    block: str
+    op: str
+
+
+@dataclass
+class Spent:
+    """What one step spent in one place. Seconds."""
+
+    seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    calls: int = 0
+    kernels: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Seconds of each call, by the kernel's name."""
+
+
+class Clock(Protocol):
+    """Takes marks, and says what lies between two of them once the step is over."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, began: Any, ended: Any) -> float: ...
+
+
+class HostClock:
+    """For CPUs, whose work is done when a call returns."""
+
+    mark = staticmethod(time.perf_counter)
+
+    @staticmethod
+    def seconds(began: float, ended: float) -> float:
+        return ended - began
+
+
+class DeviceClock:
+    """For GPUs: events on the stream, so that spans hold what the device did. Never run on one yet."""
+
+    @staticmethod
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def seconds(began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+        return began.elapsed_time(ended) / 1000
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The device's clock."""
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+class Spans:
+    """A list that grows by one entry a span; all else is worked out when the step is over.
+
+    One span is open at a time in all threads together: autograd's thread works while the step's own waits for it.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._mark = clock, clock.mark
+        self._list: list[list[Any]] = []
+        self._open = -1
+
+    def begin(self, kind: Kind, name: str) -> int:
+        """Where the span is, for `end`."""
+        at = len(self._list)
+        entry = [kind, name, self._open, None, None]
+        self._list.append(entry)
+        self._open = at
+        entry[3] = self._mark()
+        return at
+
+    def end(self, at: int) -> None:
+        ended = self._mark()
+        entry = self._list[at]
+        entry[4] = ended
+        self._open = entry[2]
+
+    def timed(self, kind: Kind, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, each call a span."""
+        begin, end = self.begin, self.end
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            at = begin(kind, name)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                end(at)
+
+        return call
+
+    def op(self, op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
+        """See `bench.profile_watch.Watcher`."""
+        return self.timed("op", op.name, function)
+
+    def kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """See `Watcher`."""
+        return self.timed("kernel", name, function)
+
+    def collective(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """See `Watcher`."""
+        return self.timed("phase", "reduce", self.timed("op", name, function))
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """A watcher of `engine.ranges`."""
+        at = self.begin("phase" if name in PHASES else "block", name)
+        try:
+            yield
+        finally:
+            self.end(at)
+
+    def spent(self) -> dict[Place, Spent]:
+        """By place, in the order of their first appearance. The device must have come to the end of the step."""
+        found: defaultdict[Place, Spent] = defaultdict(Spent)
+        places: list[Place] = []
+        for kind, name, parent, began, ended in self._list:
+            above = places[parent] if parent >= 0 else Place(BETWEEN, "", BETWEEN)
+            place = placed(above, kind, name)
+            places.append(place)
+            spent, seconds = found[place], self._clock.seconds(began, ended)
+            if kind == "kernel":
+                spent.kernel_seconds += seconds
+                spent.kernels[name].append(seconds)
+                continue
+            spent.seconds += seconds
+            spent.calls += 1
+            if parent >= 0:
+                found[above].seconds -= seconds
+        for place, spent in found.items():
+            if place.op and not spent.kernels:
+                spent.kernel_seconds = spent.seconds
+        return dict(found)
+
+
+def placed(above: Place, kind: Kind, name: str) -> Place:
+    """The place of a span that begins within `above`."""
+    match kind:
+        case "phase":
+            return Place(name, above.block, BETWEEN)
+        case "block":
+            return Place(above.phase, name, BETWEEN)
+        case "op":
+            return Place(above.phase, above.block, name)
+    return above
