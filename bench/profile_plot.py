@@ -37,6 +37,9 @@ _LEGEND = {
 _MARKERS = {"forward": "^", "backward": "v", "step": "s"}
 _LABEL_INCHES = 0.16
 """Height of a name."""
+_TOP_INCHES, _GAP_INCHES, _BOTTOM_INCHES = 0.75, 0.85, 0.95
+_HEADROOM = 8
+"""Times the highest value, for the legend."""
 At = Callable[[Line], float]
 
 
@@ -52,22 +55,26 @@ def draw(reports: Mapping[str, Report], roofs: Roofs, conditions: Mapping[str, A
     """Two panels for each task, one under the other."""
     drawn = {name: _points(report) for name, report in reports.items()}
     heights = [max(3.2, 0.8 + _LABEL_INCHES * len(points)) for panels in drawn.values() for points in panels]
-    height = sum(heights) + 0.55 * len(heights) + 1.3
+    height = sum(heights) + _GAP_INCHES * (len(heights) - 1) + _TOP_INCHES + _BOTTOM_INCHES
     figure = Figure(figsize=(14, height))
     grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    figure.subplots_adjust(0.06, 0.95 / height, 0.58, 1 - 0.75 / height, hspace=0.55 * len(heights) / sum(heights))
+    figure.subplots_adjust(
+        0.06, _BOTTOM_INCHES / height, 0.58, 1 - _TOP_INCHES / height, hspace=_GAP_INCHES * len(heights) / sum(heights)
+    )
     for upper, lower, (name, (with_products, without)) in zip(grid[::2], grid[1::2], drawn.items(), strict=True):
         total = reports[name].seconds
         _rooflines(upper, with_products, roofs)
         _place(upper, with_products, _intensity, _flop_rate, total)
-        upper.set(title=f"{name}: ops with products", xlabel="FLOP per byte", ylabel="GFLOP/s")
+        upper.set_title(f"{name}: ops with products", loc="left", fontsize=10)
+        upper.set(xlabel="FLOP per byte", ylabel="GFLOP/s")
         _bandwidths(lower, without, roofs)
         _place(lower, without, _call_bytes, _byte_rate, total)
-        lower.set(title=f"{name}: ops without", xlabel="MB of a call", ylabel="GB/s")
+        lower.set_title(f"{name}: ops without", loc="left", fontsize=10)
+        lower.set(xlabel="MB of a call", ylabel="GB/s")
     figure.legend(handles=_legend(), loc="lower center", ncols=10, frameon=False, fontsize=8)
     c = conditions
-    where = f"{c['device']}, {c['isa']}, {c['threads']} threads; {c['model']}, batch {c['batch']}, {c['precision']}"
-    figure.suptitle(f"{where}; the area of a point is its share of the step", fontsize=10)
+    where = f"{c['device']}, {c['isa']}, threads: {c['threads']}; {c['model']}, batch {c['batch']}, {c['precision']}"
+    figure.suptitle(f"{where}; areas, and the first number of a name: share of the step", fontsize=10)
     return figure
 
 
@@ -101,7 +108,7 @@ def _rooflines(axes: Axes, points: Sequence[Line], roofs: Roofs) -> None:
     low, high = min(places) / 3, max(*places, 2 * peak / (roofs.memory / 1e9)) * 2
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     rates = [_flop_rate(line) for line in points] or [peak]
-    axes.set_ylim(min(*rates, peak) / 3, 3 * max(*rates, peak))
+    axes.set_ylim(min(*rates, peak) / 2, _HEADROOM * max(*rates, peak))
     for rate, style, name in ((roofs.memory / 1e9, "-", "memory"), (cached, "--", "caches at best")):
         ridge = peak / rate
         axes.plot(
@@ -110,7 +117,7 @@ def _rooflines(axes: Axes, points: Sequence[Line], roofs: Roofs) -> None:
     start = peak / cached
     label = f"products, {roofs.dtype_name}, {peak:,.0f} GFLOP/s"
     axes.plot([start, high], [peak, peak], ":", color=INK, linewidth=1, zorder=1, label=label)
-    axes.legend(loc="lower right", fontsize=8, frameon=False, title="ceilings of this run", title_fontsize=8)
+    axes.legend(loc="upper left", fontsize=8, frameon=False, title="ceilings, measured in this run", title_fontsize=8)
 
 
 def _bandwidths(axes: Axes, points: Sequence[Line], roofs: Roofs) -> None:
@@ -121,8 +128,8 @@ def _bandwidths(axes: Axes, points: Sequence[Line], roofs: Roofs) -> None:
     label = f"copy or update in place; memory {roofs.memory / 1e9:,.0f} GB/s"
     axes.plot([size / 1e6 for size in sizes], rates, "-", color=GREY, linewidth=1, zorder=1, label=label)
     reached = [*rates, *map(_byte_rate, points)]
-    axes.set_ylim(min(reached) / 3, 3 * max(reached))
-    axes.legend(loc="lower right", fontsize=8, frameon=False, title="ceiling of this run", title_fontsize=8)
+    axes.set_ylim(min(reached) / 2, _HEADROOM * max(reached))
+    axes.legend(loc="upper left", fontsize=8, frameon=False, title="ceiling, measured in this run", title_fontsize=8)
 
 
 def _place(axes: Axes, points: Sequence[Line], x: At, y: At, total: float) -> None:
@@ -143,13 +150,12 @@ def _place(axes: Axes, points: Sequence[Line], x: At, y: At, total: float) -> No
         )  # fmt: skip
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.title.set_fontsize(10)
 
 
 def _label(line: Line, total: float) -> str:
     where = "" if not line.block else f"{line.block}: "
-    share = "" if line.share is None else f", {line.share:.0%} of its ceiling"
-    return f"{where}{line.op} ({line.phase}), {line.seconds / total:.1%} of the step{share}"
+    share = "" if line.share is None else f", {line.share:.0%} of ceiling"
+    return f"{where}{line.op} ({line.phase}): {line.seconds / total:.1%}{share}"
 
 
 def _colour(line: Line) -> str:
