@@ -19,6 +19,8 @@ from pipelines.errors import BadInput
 
 _COUNTERS = ("calls", "launches", "bytes", "flops")
 _SHOWN = 10
+_WORTH_NAMING = 0.01
+"""Of a step: twelve rounds on a busy machine tell no smaller change from chance."""
 _SAME = 1e-6
 """Counters of several batches are means."""
 _MUST_AGREE = ("model", "batch", "precision", "threads", "device", "isa", "batches")
@@ -54,14 +56,15 @@ class Comparison:
 
     def text(self, name: str) -> str:
         """For people."""
-        rows = [
-            (one.key, _ms(one.before), _ms(one.now), f"{1e3 * one.excess:+,.2f}", f"{one.excess / self.before:+.1%}",
-             "within the noise" if one.noise else "", "; ".join(one.counters))
-            for one in self.changes[:_SHOWN]
-        ]  # fmt: skip
+        rows = [self._row(one) for one in self.changes[:_SHOWN]]
         head = f"{name}: {_ms(self.before)} ms before, {_ms(self.now)} now; most of it takes {self.factor:.3f} times as long"
         headers = ("changed most", "before, ms", "now", "own change", "of the step", "", "counted")
         return "\n\n".join([head, table(headers, rows), self.named])
+
+    def _row(self, one: Change) -> tuple[str, ...]:
+        share = one.excess / (self.factor * self.before)
+        times = (_ms(one.before), _ms(one.now), f"{1e3 * one.excess:+,.2f}", f"{share:+.1%}")
+        return one.key, *times, "within the noise" if one.noise else "", "; ".join(one.counters)
 
     @property
     def named(self) -> str:
@@ -69,6 +72,8 @@ class Comparison:
         first = next(iter(self.changes), None)
         if first is None or (first.noise and not first.counters):
             return "no op changed beyond the noise"
+        if abs(first.excess) < _WORTH_NAMING * self.before * self.factor and not first.counters:
+            return f"no op changed by {_WORTH_NAMING:.0%} of the step"
         said = f"{1e3 * abs(first.excess):,.2f} ms {'more' if first.excess > 0 else 'less'} than the rest of the step explains"
         counted = f" ({'; '.join(first.counters)})" if first.counters else ""
         return f"changed most: {first.key}, {said}{counted}"

@@ -281,6 +281,11 @@ def test_a_planted_slowdown_is_named() -> None:
     assert found.changes[0].excess == pytest.approx(1.3 * 0.5)
     assert found.named == "changed most: forward / text / attention, 650.00 ms more than the rest of the step explains"
     assert compare(before, before).named == "no op changed beyond the noise"
+    slightly = [*before[:2], line("GELU", 3.0 + 0.05, low=3.04, high=3.06)]
+    assert (
+        compare([*before[:2], line("GELU", 3.0, low=2.99, high=3.01)], slightly).named
+        == "no op changed by 1% of the step"
+    )
 
 
 def test_counters_and_ops_that_come_and_go() -> None:
