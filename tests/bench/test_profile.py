@@ -210,9 +210,13 @@ def test_phases_add_up_and_nothing_stays(subject: Subject) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(subject: Subject) -> Report:
-    taken = run(subject, 4, lambda *_: None)[0]
-    return Report.of(taken, Roofs(subject.device, torch.bfloat16, seconds=0.01), subject.device, False, waits=False)
+def roofs() -> Roofs:
+    return Roofs(torch.device("cpu"), torch.bfloat16, seconds=0.01)
+
+
+@pytest.fixture(scope="module")
+def report(subject: Subject, roofs: Roofs) -> Report:
+    return Report.of(run(subject, 4, lambda *_: None)[0], roofs, subject.device, False, waits=False)
 
 
 def test_report(report: Report) -> None:
@@ -299,10 +303,9 @@ def test_counters_and_ops_that_come_and_go() -> None:
 
 
 @pytest.mark.slow
-def test_a_slower_op_of_real_steps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slower_op_of_real_steps_is_named(monkeypatch: pytest.MonkeyPatch, roofs: Roofs) -> None:
     """5 % of the step, spread over the calls of one op."""
     subject = tiny("vqa")
-    roofs = Roofs(subject.device, torch.bfloat16, seconds=0.01)
 
     def account() -> Report:
         return Report.of(run(subject, 40, lambda *_: None)[0], roofs, subject.device, False, waits=False)
@@ -445,13 +448,13 @@ def test_bad_input(arguments: list[str], named: str, capsys: pytest.CaptureFixtu
 # The picture
 
 
-def test_no_name_covers_another(report: Report, subject: Subject) -> None:
+def test_no_name_covers_another(report: Report, roofs: Roofs) -> None:
     """Nor do names leave the picture, or lie on a panel."""
     many = replace(
         report, lines=[*report.lines, *(replace(one, op=f"{one.op}, again") for one in report.lines if one.op)]
     )
     conditions = dict.fromkeys(("device", "isa", "threads", "model", "batch", "precision"), "some")
-    figure = draw({"vqa": report, "again": many}, Roofs(subject.device, torch.bfloat16, seconds=0.01), conditions)
+    figure = draw({"vqa": report, "again": many}, roofs, conditions)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer, page = canvas.get_renderer(), figure.bbox
