@@ -19,6 +19,8 @@ _TITLES = {
     "graph": "forward, loss and backward, replayed",
 }  # fmt: skip
 _SHOWN = 24
+TOLERANCE = 0.03
+"""How far the phases' sum may be from a step that nobody looks into."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Report:
             f"{name}: {_ms(taken.plain)} ms a step; looked into {_ms(taken.profiled)} ({taken.overhead:+.1%}), "
             f"whose phases add up to {total / taken.plain:.1%} of the plain step; {len(taken.rounds)} rounds"
         )
+        if abs(total / taken.plain - 1) > TOLERANCE:
+            head += f"\n! beyond {TOLERANCE:.0%}: short steps or a busy machine want more --rounds, or a quiet moment"
         parts = [head, _phase_table(self), _block_table(self.lines), _op_table(self.lines, total)]
         said = [f"verdict: {one}" for one in self.findings] or ["verdict: nothing stands out"]
         return "\n\n".join([*parts, "\n".join(said)])

@@ -230,6 +230,11 @@ def test_report(report: Report) -> None:
     assert found["verdict"] and report.about.launches
     text = report.text("vqa")
     assert "not measured" in text and "verdict: " in text and "text 3" in text
+    for factor, said in ((1.0, False), (1.04, True), (0.96, True)):
+        lines = [
+            replace(one, seconds=factor * one.seconds * report.taken.plain / report.seconds) for one in report.lines
+        ]
+        assert ("! beyond 3%" in replace(report, lines=lines).text("vqa")) is said
 
 
 def line(op: str, seconds: float, **changed: Any) -> Line:
