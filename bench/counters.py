@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import native_library
 
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 _COPIES = {"copy_", "_to_copy", "clone", "cat", "stack"}
 _SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 """Ops whose result the host must know before it goes on: on a GPU each would wait for the device."""
@@ -51,7 +51,7 @@ class _TorchOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in _ALLOCATIONS:
+        if name in ALLOCATIONS:
             self.counts.allocations += 1
         elif not func.is_view and name != "_unsafe_view":
             self.counts.ops[name] += 1
@@ -68,12 +68,17 @@ def counting() -> Iterator[Counts]:
         yield counts
 
 
+def native_functions() -> tuple[Any, dict[str, Any]]:
+    """(the native library, its functions that compute by their names, which are its attributes); (None, {}) without one."""
+    library = native_library.library() if native_library.available() else None
+    found = {} if library is None else vars(library)
+    return library, {name: f for name, f in found.items() if name.startswith("stopgo_") and name not in _QUESTIONS}
+
+
 @contextmanager
 def _native_calls(counts: Counts) -> Iterator[None]:
     """The library's functions are attributes of one object: for the block, each also counts itself."""
-    library = native_library.library() if native_library.available() else None
-    found = {} if library is None else vars(library)
-    functions = {name: f for name, f in found.items() if name.startswith("stopgo_") and name not in _QUESTIONS}
+    library, functions = native_functions()
 
     def counted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:

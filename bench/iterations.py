@@ -114,7 +114,7 @@ def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
         raise BadInput("--batch, --rounds", "at least 1 of each is needed")
     if arguments.plot and not peers:
         raise BadInput("--plot", "there are no ratios to draw without peers")
-    run = _run(arguments)
+    run = run_of(arguments)
     setting = Setting(run, arguments.batch, assembly.device_of(run))
     rates = gemm_rates(setting.device)
     estimate = Estimate(run.model, getattr(torch, run.precision), arguments.batch, rates, lengths.load())
@@ -157,7 +157,7 @@ def _peers(names: str) -> list[str]:
     return peers
 
 
-def _run(arguments: argparse.Namespace) -> RunConfig:
+def run_of(arguments: argparse.Namespace) -> RunConfig:
     """The published run, with the model, precision and threads that were asked for."""
     overrides = [f"model={arguments.model}", f"precision={PRECISIONS[arguments.precision]}"]
     longest = max(row.max_tokens for row in load_table().default_tasks())

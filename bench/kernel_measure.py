@@ -86,11 +86,15 @@ class Ceilings:
     def _bytes_per_s(self, moved: int) -> float:
         """The better of a copy and of an update in place, which reads and writes half of `moved` bytes. On a CPU the copy also
         reads what it is about to overwrite, as any kernel does that writes past its inputs."""
-        source = torch.ones(moved // 8, device=self._device)
-        target = torch.empty_like(source)
+        source, target = self._buffers(moved // 8)
         ways = {"copy": partial(target.copy_, source), "update": partial(source.mul_, 1.0)}
         spreads = interleaved({name: partial(_itself, way) for name, way in ways.items()}, self._device, self._seconds)
         return moved / min(spread.least for spread in spreads.values())
+
+    def _buffers(self, values: int) -> tuple[Tensor, Tensor]:
+        """Two of this size, float32; the first is filled."""
+        source = torch.ones(values, device=self._device)
+        return source, torch.empty_like(source)
 
     def _flops_per_s(self, dtype: torch.dtype) -> float:
         """Of [2048, 1024] times [1024, 1024]: a projection of the image stream."""

@@ -135,6 +135,9 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         refuse_without_gpu(device)
         _refuse_without_buckets(rows)
         _refuse_divided(rows, sharded)
+    if config.logging.nvtx and device.type != "cuda":
+        what = f"ranges are for NVIDIA's profilers, and this run is on {device}"
+        raise BadInput("logging.nvtx", what, "logging.nvtx=false")
     if config.data_path == "dali":
         dali.check_installed()
     _check_beginnings(config)

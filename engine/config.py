@@ -176,6 +176,10 @@ class Logging(_Section):
 
     every: int = Field(10, ge=1, description="iterations between rows of metrics.jsonl")
     console: Literal["auto", "plain", "table", "quiet"] = Field("auto", description="auto: a live table on a terminal")
+    nvtx: bool = Field(
+        False,
+        description="name iterations, tasks, phases and blocks for NVIDIA's profilers (NVTX); never run on a GPU yet",
+    )
 
 
 class Checkpoint(_Section):

@@ -24,6 +24,7 @@ from engine.agreement import Agreement, Said
 from engine.assembly import Parts, Task
 from engine.cursor import PLANNED, Cursor, Window
 from engine.model.randomness import Randomness
+from engine.ranges import span
 from engine.rotation import due_for_validation, next_phase, phases, plan
 from engine.saving import Saved, Saver, wait
 from engine.schedule import longest_task_iterations, multiplier, warmup_iterations
@@ -132,7 +133,9 @@ class Loop:
                 while c.iteration < self.config.max_iterations or c.partial:
                     if not c.partial:
                         self._begin_iteration()
-                    if not self._finish_iteration():
+                    with span(f"iteration {c.iteration}"):
+                        done = self._finish_iteration()
+                    if not done:
                         self._save(wait_for_it=True)
                         return False
                     self._end_iteration()
@@ -178,7 +181,8 @@ class Loop:
         while c.remaining:
             if self._told_to_stop(c.remaining[0]):
                 return False
-            self._step(c.remaining[0])
+            with span(c.remaining[0]):
+                self._step(c.remaining[0])
             c.remaining.pop(0)
         while c.due:
             try:
@@ -193,7 +197,8 @@ class Loop:
         step = c.consumed.get(name, 0)
         asked = time.perf_counter()
         micro = task.row.accumulation
-        batches = [self.loader.take(name, step * micro + number) for number in range(micro)]
+        with span("data"):
+            batches = [self.loader.take(name, step * micro + number) for number in range(micro)]
         self._prefetch()
         started = time.perf_counter()
         result = self.parts.stepper.step(

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model.heads import PretrainingHeads
 from engine.model.randomness import Randomness
-from engine.model.trunk import Need
+from engine.model.trunk import Need, Streams
 from engine.model.vilbert import ViLBERT
+from engine.ranges import span
 from kernels.masked_lm_loss import masked_lm_loss
 from kernels.masked_region_loss import masked_region_loss
 from kernels.soft_label_bce import soft_label_bce
@@ -126,7 +128,15 @@ def pretraining_losses(
     """
     target, heads = batch.target, model.pretraining
     assert isinstance(target, MaskedTarget) and heads is not None
-    streams = model.trunk(batch, Need.ALL, random)
+    with span("forward"):
+        streams = model.trunk(batch, Need.ALL, random)
+    with span("loss"):
+        return _masked_losses(model, heads, target, streams, random)
+
+
+def _masked_losses(
+    model: ViLBERT, heads: PretrainingHeads, target: MaskedTarget, streams: Streams, random: Randomness
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     w = heads.fields()
     words = model.trunk.text_embedding.fields()["words"]
     assert streams.text is not None
@@ -159,5 +169,8 @@ def outcome(model: ViLBERT, batch: Batch, head: str, random: Randomness, share: 
     if isinstance(batch.target, MaskedTarget):
         parts, score = pretraining_losses(model, batch, random)
         return Outcome(torch.stack(parts).sum(), score, parts)
-    loss, score = loss_and_score(model(batch, head, random, share), batch)
+    with span("forward"):
+        logits = model(batch, head, random, share)
+    with span("loss"):
+        loss, score = loss_and_score(logits, batch)
     return Outcome(loss, score)

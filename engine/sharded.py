@@ -32,6 +32,7 @@ from engine.losses import outcome
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer, OptimizerSettings
+from engine.ranges import span
 from engine.ranks import Ranks, join_alone
 from engine.sharded_adamw import ShardedAdamW
 from engine.slices import Kept, Piece, contiguous_share, named_parameters, share_of_each
@@ -108,13 +109,15 @@ class Sharded:
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             anchor = torch.zeros((), device=self._device, requires_grad=True)
             # DeepSpeed takes the mean over ranks, and the parts' shares want the sum.
-            loss, found = self._engine(
-                anchor, batch.to(self._device), head, random, self._share, loss_scale * self._ranks.world_size
-            )
-            self._engine.backward(loss)
+            with span("copy"):
+                batch = batch.to(self._device)
+            loss, found = self._engine(anchor, batch, head, random, self._share, loss_scale * self._ranks.world_size)
+            with span("backward"):
+                self._engine.backward(loss)
             results.append(found)
         total = summed(results)
-        grad_norm, skipped = self._update(head, lr_multiplier)
+        with span("step"):
+            grad_norm, skipped = self._update(head, lr_multiplier)
         for block in self._model.blocks():
             block.drop_gradients()
         return StepResult(total[0], total[1], grad_norm, skipped, total[2:])

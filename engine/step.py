@@ -19,6 +19,7 @@ from engine.losses import Outcome, outcome
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
 from engine.optimizer import Optimizer
+from engine.ranges import span
 from engine.slices import Kept
 from pipelines.batch import Batch
 
@@ -84,7 +85,8 @@ class Plain:
         self, batches: Sequence[Batch], head: str, *, loss_scale: float, lr_multiplier: float, random: Randomness
     ) -> StepResult:
         """See `Stepper`."""
-        on_device = batches if self.graphs else [batch.to(self.device) for batch in batches]
+        with span("copy"):
+            on_device = batches if self.graphs else [batch.to(self.device) for batch in batches]
         return train_step(
             self.model, self.optimizer, on_device, head, loss_scale=loss_scale, lr_multiplier=lr_multiplier, random=random,
             share=self.share, graphs=self.graphs,
@@ -130,9 +132,11 @@ def train_step(
         results = summed([work(batch, random) for batch in batches])
     else:
         (batch,) = batches
-        results = graphs.run((head, loss_scale, share), batch, random, work)
+        with span("graph"):
+            results = graphs.run((head, loss_scale, share), batch, random, work)
     loss, score = results[0], results[1]
-    grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
+    with span("step"):
+        grad_norm, skipped = optimizer.step(head, lr_multiplier, loss)
     return StepResult(loss, score, grad_norm, skipped, results[2:])
 
 
@@ -140,8 +144,11 @@ def forward_backward(
     model: ViLBERT, head: str, loss_scale: float, share: bool, batch: Batch, random: Randomness
 ) -> Tensor:
     """float32 [2 + parts]: loss, mean score, the loss's parts. The gradients of loss * loss_scale stay in the parameters."""
-    loss, results = addends(outcome(model, batch, head, random, share), batch)
-    (loss * loss_scale).backward()
+    found = outcome(model, batch, head, random, share)
+    with span("loss"):
+        loss, results = addends(found, batch)
+    with span("backward"):
+        (loss * loss_scale).backward()
     return results
 
 

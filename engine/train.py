@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -27,6 +27,7 @@ from engine.cursor import Cursor
 from engine.house import check_imports
 from engine.journal import Journal
 from engine.loop import Listener, Loop, PlansDiffer, TooManySkipped
+from engine.ranges import nvtx, watched_by
 from engine.ranks import Ranks, finish, join, joined, leave, rank_in_environment
 from engine.reporting import Reporter, final_scores
 from engine.watchdog import EXIT_LOST, Watchdog
@@ -225,7 +226,8 @@ def _train(
     try:
         with _StopSignals(parts.ranks) as stop:
             loop = Loop(parts, cursor, folder / "checkpoints", reporter or Listener(), stop.asked, watchdog.moved)
-            stop.done = done = loop.run()
+            with watched_by(nvtx()) if parts.config.logging.nvtx else nullcontext():
+                stop.done = done = loop.run()
         found = _final_scores(parts, cursor, folder, console, watchdog) if done else {}
     except BaseException as error:
         if journal is not None:

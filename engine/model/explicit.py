@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.model.flat import FlatBlock
+from engine.ranges import span
 
 Fields = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -54,7 +55,8 @@ class _Explicit(torch.autograd.Function):
         saved, ctx.saved = ctx.saved, None
         if saved is None:
             raise RuntimeError("backward through a block twice: what it had kept was used up the first time")
-        matrices, vectors, g = ctx.block.lend_gradients()
-        # Gradients of row 0 alone, say, may come as views of something wider.
-        of_inputs = ctx.through.backward(ctx.block.values(), g, saved, *(x.contiguous() for x in gradients))
-        return None, None, matrices, vectors, *of_inputs
+        with span(ctx.block.title):
+            matrices, vectors, g = ctx.block.lend_gradients()
+            # Gradients of row 0 alone, say, may come as views of something wider.
+            of_inputs = ctx.through.backward(ctx.block.values(), g, saved, *(x.contiguous() for x in gradients))
+            return None, None, matrices, vectors, *of_inputs

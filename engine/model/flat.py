@@ -71,6 +71,8 @@ class FlatBlock(nn.Module):
     """
 
     prefix: str
+    title: str
+    """What a profile calls it: `text 3`, `connection 0`; by default its prefix."""
     number: int = -1
     """Place of the block in the counter space of dropout; the trunk gives it."""
     matrices: nn.Parameter
@@ -83,7 +85,7 @@ class FlatBlock(nn.Module):
         vectors: dict[str, list[tuple[str, tuple[int]]]],
     ) -> None:
         """Create both parameters (zeros) and remember what lies where. Parts of a field share all but dimension 0."""
-        self.prefix = prefix
+        self.prefix, self.title = prefix, prefix.rstrip(".")
         self.matrices, self._matrix_fields, self.matrix_parts = _allocate(matrices)
         self.vectors, self._vector_fields, self.vector_parts = _allocate(vectors)
         self._memory = (GradientMemory(), GradientMemory())

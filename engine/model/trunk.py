@@ -21,6 +21,7 @@ from engine.model.flat import FlatBlock
 from engine.model.poolers import Poolers
 from engine.model.randomness import Randomness
 from engine.model.transformer_layer import TransformerLayer
+from engine.ranges import span
 from kernels.rows import Rows
 from pipelines.batch import Batch
 
@@ -72,8 +73,11 @@ class Trunk(nn.Module):
         self.bridges = nn.ModuleList(Bridge(f"bert.encoder.c_layer.{k}.", c) for k in range(c.n_bridges))
         self.poolers = Poolers(c)
         blocks = [self.text_embedding, self.image_embedding, *self.text_layers, *self.image_layers, *self.bridges]
-        for number, block in enumerate([*blocks, self.poolers]):
-            block.number = number
+        layers = (("text", c.num_hidden_layers), ("image", c.v_num_hidden_layers), ("connection", c.n_bridges))
+        titles = [f"{kind} {place}" for kind, count in layers for place in range(count)]
+        titles = ["text embedding", "image embedding", *titles, "poolers"]
+        for number, (block, title) in enumerate(zip([*blocks, self.poolers], titles, strict=True)):
+            block.number, block.title = number, title
         self.n_blocks = len(blocks) + 1
         """Blocks numbered for randomness; heads come after."""
 
@@ -85,8 +89,10 @@ class Trunk(nn.Module):
         texts = Rows(batch.cu_texts, batch.token_ids.numel(), batch.max_text, batch.text_key)
         images = Rows(batch.cu_images, batch.features.shape[0], batch.max_image, batch.image_key)
         at = self._at(random)
-        text = self.text_embedding(batch.token_ids, texts, batch.task_token is not None, at(self.text_embedding))
-        image = self.image_embedding(batch.features, batch.boxes, images, at(self.image_embedding))
+        with span(self.text_embedding.title):
+            text = self.text_embedding(batch.token_ids, texts, batch.task_token is not None, at(self.text_embedding))
+        with span(self.image_embedding.title):
+            image = self.image_embedding(batch.features, batch.boxes, images, at(self.image_embedding))
         text = self._run(self.text_layers, 0, c.t_biattention_id[0], text, texts, at)
         image = self._run(self.image_layers, 0, c.v_biattention_id[0], image, images, at)
         text, image, text_rows, image_rows = _paired(batch, text, image, texts, images)
@@ -101,10 +107,11 @@ class Trunk(nn.Module):
                     self.image_layers, c.v_biattention_id[k - 1], c.v_biattention_id[k], image, image_rows, at
                 )
             assert isinstance(bridge, Bridge)
-            if k == last and need is Need.REGIONS:
-                image = bridge.image_side(text, image, text_rows, image_rows, at(bridge))
-            else:
-                text, image = bridge(text, image, text_rows, image_rows, at(bridge))
+            with span(bridge.title):
+                if k == last and need is Need.REGIONS:
+                    image = bridge.image_side(text, image, text_rows, image_rows, at(bridge))
+                else:
+                    text, image = bridge(text, image, text_rows, image_rows, at(bridge))
         first_only = need is Need.POOLED
         image = self._run(
             self.image_layers, c.v_biattention_id[last], c.v_num_hidden_layers, image, image_rows, at, first_only
@@ -123,7 +130,8 @@ class Trunk(nn.Module):
         if text.shape[0] != rows.total:
             text = text.index_select(0, streams.text_rows.starts)
             image = image.index_select(0, streams.image_rows.starts)
-        return self.poolers(text, image, rows, self._at(random)(self.poolers), slot=int(pretraining))
+        with span(self.poolers.title):
+            return self.poolers(text, image, rows, self._at(random)(self.poolers), slot=int(pretraining))
 
     def _at(self, random: Randomness) -> At:
         return lambda block: random.at(block.number)
@@ -136,7 +144,8 @@ class Trunk(nn.Module):
         for i in range(start, stop):
             layer = layers[i]
             assert isinstance(layer, FlatBlock)
-            x = layer(x, rows, at(layer), first_only=first_only and i == stop - 1)
+            with span(layer.title):
+                x = layer(x, rows, at(layer), first_only=first_only and i == stop - 1)
         return x.index_select(0, rows.starts) if first_only and start == stop else x
 
 

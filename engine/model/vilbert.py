@@ -12,6 +12,7 @@ from engine.model.flat import FlatBlock
 from engine.model.heads import KINDS, Head, HeadSpec, PretrainingHeads
 from engine.model.randomness import Randomness
 from engine.model.trunk import Trunk
+from engine.ranges import span
 from pipelines.batch import Batch
 
 _EVALUATION = Randomness()
@@ -29,6 +30,9 @@ class ViLBERT(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
         self.heads = nn.ModuleDict({name: KINDS[spec.kind](name, config, spec.outputs) for name, spec in heads.items()})
+        for name, module in self.heads.items():
+            assert isinstance(module, Head)
+            module.title = name
         self.head_specs = dict(heads)
         self.pretraining = PretrainingHeads(config) if pretraining else None
         self.carried: dict[str, Tensor] = {}
@@ -39,7 +43,8 @@ class ViLBERT(nn.Module):
         module = self.heads[head]
         assert isinstance(module, Head)
         streams = self.trunk(batch, module.need, random, share)
-        return module(self.trunk, streams, random)
+        with span(module.title):
+            return module(self.trunk, streams, random)
 
     def blocks(self) -> Iterator[FlatBlock]:
         """Every block that holds parameters, in a fixed order."""

@@ -84,7 +84,7 @@ def test_json_says_under_which_conditions(outcome: tuple[dict[str, Any], Path]) 
     assert {name: about["precision"] for name, about in providers.items()} == {
         "ours": "bfloat16", "authors": "float32", "stock": "bfloat16 autocast",
     }  # fmt: skip
-    run = iterations._run(iterations._parser().parse_args(["--model", "tiny"]))
+    run = iterations.run_of(iterations._parser().parse_args(["--model", "tiny"]))
     tensors = len(list(PaddedModel(run.model).parameters()))
     assert providers["authors"]["optimizer"] == f"PerTensorAdamW, {tensors} parameter groups"
 
@@ -132,7 +132,7 @@ def test_bad_input(arguments: list[str], named: str, capsys: pytest.CaptureFixtu
 
 
 def setting() -> Setting:
-    run = iterations._run(iterations._parser().parse_args(["--model", "tiny", "--threads", "1"]))
+    run = iterations.run_of(iterations._parser().parse_args(["--model", "tiny", "--threads", "1"]))
     return Setting(run, 1, torch.device("cpu"))
 
 
