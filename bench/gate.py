@@ -61,7 +61,7 @@ class Change:
 
     def __str__(self) -> str:
         share = f" ({self.now / self.before - 1:+.1%})" if self.before else ""
-        return f"{self.name}: {self.before:,.6g} -> {self.now:,.6g}{share}"
+        return f"{self.name}: {_number(self.before)} -> {_number(self.now)}{share}"
 
 
 def changes(before: Mapping[str, float], now: Mapping[str, float], within: Sequence[str]) -> list[Change]:
@@ -152,9 +152,13 @@ def _report(found: Sequence[Change], total: int) -> None:
         for heading in ("counter", "before", "now"):
             table.add_column(heading, justify="left" if heading == "counter" else "right", overflow="fold")
         for change in shrank[:MOST_LINES]:
-            table.add_row(change.name, f"{change.before:,.6g}", f"{change.now:,.6g}")
+            table.add_row(change.name, _number(change.before), _number(change.now))
         Console().print(table)
     print(f"{total:,} counters: {sum(not c.explains for c in grew)} grew, {len(shrank)} shrank")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"
 
 
 def _say(line: str) -> None:
