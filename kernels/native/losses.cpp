@@ -13,6 +13,23 @@ namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
+// A sum over many classes. Parts of it are kept small, or narrow vectors would lose what thousands of additions round away.
+class LongSum {
+ public:
+  STOPGO_INLINE void add(Floats x) {
+    part_ += x;
+    if (++count_ % 32 == 0) {
+      total_ += part_;
+      part_ = Floats{};
+    }
+  }
+  STOPGO_INLINE float value() const { return sum(total_ + part_); }
+
+ private:
+  Floats total_{}, part_{};
+  int count_ = 0;
+};
+
 // The class of the largest logit, the first one of equals.
 template <class T>
 int64_t first_largest(int64_t classes, const T* logits) {
@@ -34,12 +51,12 @@ struct SoftLabels {
   const float* scores;
 
   float loss(const T* logits) const {
-    Floats total{};  // of softplus(z) = max(z, 0) + log(1 + exp(-|z|))
+    LongSum total;  // of softplus(z) = max(z, 0) + log(1 + exp(-|z|))
     for_vectors(classes, [&](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
       const Floats z = load(logits + c, lanes);
-      total += only(maximum(z, Floats{}) + log1p_of_fraction(exp(-absolute(z))), lanes);
+      total.add(only(maximum(z, Floats{}) + log1p_of_fraction(exp(-absolute(z))), lanes));
     });
-    float loss = sum(total);
+    float loss = total.value();
     for (int64_t e = 0; e < entries; ++e) loss -= scores[e] * load_one(logits + labels[e]);
     return loss;
   }
@@ -89,11 +106,11 @@ float log_sum_exp(int64_t classes, const T* logits, const float* bias) {
     top = maximum(top, only(load(logits + c, lanes) + load(bias + c), lanes, kLowest));
   });
   const float shift = largest(top);
-  Floats total{};
+  LongSum total;
   for_vectors(classes, [&](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
-    total += only(exp(load(logits + c, lanes) + load(bias + c) - shift), lanes);
+    total.add(only(exp(load(logits + c, lanes) + load(bias + c) - shift), lanes));
   });
-  return shift + std::log(sum(total));
+  return shift + std::log(total.value());
 }
 
 // Targets of rows. `row` gives one row's loss and what its gradient needs: scale * (mass * softmax(z) - t).
@@ -115,13 +132,13 @@ struct Divergence {
   template <class T>
   Row row(int64_t r, int64_t classes, const T* logits, const float* bias, float lse) const {
     const Target* t = target + r * classes;
-    Floats loss{}, mass{};
+    LongSum loss, mass;
     for_vectors(classes, [&](int64_t c, auto lanes) STOPGO_INLINE_LAMBDA {
       const Floats p = load(t + c, lanes), log_q = load(logits + c, lanes) + load(bias + c) - lse;
-      loss += p > 0.0f ? p * (log(p) - log_q) : Floats{};
-      mass += p;
+      loss.add(p > 0.0f ? p * (log(p) - log_q) : Floats{});
+      mass.add(p);
     });
-    return {t, sum(loss), sum(mass)};
+    return {t, loss.value(), mass.value()};
   }
 };
 
