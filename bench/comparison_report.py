@@ -88,6 +88,21 @@ def _memory(results: Sequence[TaskResult], peers: Sequence[str]) -> dict[str, An
     }
 
 
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One of each task and provider, for the records."""
+    return [
+        {
+            "task": name, "provider": provider, "median_s": seconds["median"], "least_s": seconds["least"],
+            "forward_backward_s": seconds["forward_backward"], "optimizer_s": seconds["optimizer"],
+            "rows": task["rows"][provider], "padded_row_share": task["padded_row_share"][provider],
+            "working_bytes": task["memory"][provider]["working"], "minor_faults": task["minor_faults"][provider],
+            "samples_s": seconds["all"],
+        }
+        for name, task in result["tasks"].items()
+        for provider, seconds in task["seconds"].items()
+    ]  # fmt: skip
+
+
 def table(result: Mapping[str, Any]) -> str:
     """One line a task, the means, and the conditions."""
     peers = list(result["geometric_mean"])

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench import comparison_report, lengths, run_batches
+from bench import comparison_report, lengths, published_run, records, run_batches
 from bench.comparison import compare, duration
 from bench.estimate import OURS, START_S, Estimate, gemm_rates
 from bench.memory import total_bytes
@@ -34,12 +34,8 @@ from bench.timing import conditions
 from bench.worker import PROVIDERS, WorkerFailed
 from engine import assembly
 from engine.config import RunConfig, load
-from engine.overrides import model_preset
-from engine.tasks import CONFIGS, TaskRow, load_table
+from engine.tasks import TaskRow, load_table
 from pipelines.errors import BadInput
-
-RUN = CONFIGS / "runs/twelve_in_one.yaml"
-"""Optimizer, task tokens and sharing are those of the published run."""
 
 PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
 PEERS = [name for name in PROVIDERS if name != OURS]
@@ -50,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result = _own_batches(arguments) if arguments.config else _comparison(arguments)
-        print((run_batches if arguments.config else comparison_report).table(result))
+        form = run_batches if arguments.config else comparison_report
+        print(form.table(result))
+        conditions_of_rows = {
+            name: value for name, value in result["conditions"].items() if isinstance(value, str | int)
+        }
+        records.append(arguments.csv, form.rows(result), conditions_of_rows)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -90,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="measure this run's own batches, without peers")
     parser.add_argument("--json", type=Path, metavar="F", help="write all that was measured here, conditions included")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="F.csv",
+        default=records.FOLDER / "iterations.csv",
+        help="append rows, and to the .jsonl beside it (%(default)s)",
+    )
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the ratios here")
     parser.add_argument(
         "overrides",
@@ -104,8 +112,11 @@ def _own_batches(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plot:
         raise BadInput("--plot", "there are no ratios to draw with --config")
     overrides = [*arguments.overrides, *([f"threads={arguments.threads}"] if arguments.threads else [])]
-    parts = assembly.assemble(load(arguments.config, overrides))
-    return {**run_batches.measure(parts, arguments.rounds), "conditions": conditions(parts.device)}
+    run = load(arguments.config, overrides)
+    parts = assembly.assemble(run)
+    around = {**conditions(parts.device), "model": str(arguments.config), "rounds": arguments.rounds}
+    around["config"] = records.digest(run.model_dump(mode="json"))
+    return {**run_batches.measure(parts, arguments.rounds), "conditions": around}
 
 
 def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,6 +151,7 @@ def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
         "memory_bytes": total_bytes(),
         "gemm_gflops": {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in rates.items()},
         "overrides": arguments.overrides,
+        "config": records.digest(run.model_dump(mode="json")),
     }
     return comparison_report.as_json(results, described, about)
 
@@ -159,14 +171,8 @@ def _peers(names: str) -> list[str]:
 
 def run_of(arguments: argparse.Namespace) -> RunConfig:
     """The published run, with the model, precision and threads that were asked for."""
-    overrides = [f"model={arguments.model}", f"precision={PRECISIONS[arguments.precision]}"]
-    longest = max(row.max_tokens for row in load_table().default_tasks())
-    _, preset = model_preset(arguments.model, "--model")
-    if preset.get("max_position_embeddings", longest) < longest:  # a small model made for short texts
-        overrides.append(f"model.max_position_embeddings={longest}")
-    if arguments.threads:
-        overrides.append(f"threads={arguments.threads}")
-    return load(RUN, [*overrides, *arguments.overrides])
+    told = published_run.overrides(arguments.model, PRECISIONS[arguments.precision], arguments.threads)
+    return load(published_run.RUN, [*told, *arguments.overrides])
 
 
 def _say(line: str) -> None:

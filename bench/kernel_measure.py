@@ -54,6 +54,8 @@ class Row:
     """Memory held at most, beyond inputs; of the masked losses alone, in mode "both"."""
     gradient_bytes: int | None
     """How much of it are the gradients, which are asked for."""
+    samples_us: tuple[float, ...] = ()
+    """Single calls, evenly spaced, at the same turns as the other providers' of this case."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ def _row(case: Case, provider: str, mode: str, spread: Spread, ceilings: Ceiling
         bytes=work.bytes, flops=work.flops, gb_per_s=round(work.bytes / spread.median / 1e9, 2),
         gflop_per_s=round(work.flops / spread.median / 1e9, 2), bound=bound,
         share=round(ceiling / spread.median, 3), peak_bytes=None, gradient_bytes=None,
+        samples_us=tuple(round(1e6 * seconds, 2) for seconds in spread.kept),
         **{name: round(1e6 * seconds, 2) for name, seconds in times.items()},
     )  # fmt: skip
 

@@ -1,16 +1,12 @@
-"""What becomes of measured rows: a table for people, rows of a CSV that grows, ratios for the README."""
+"""What becomes of measured rows: a table for people, ratios for the README."""
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
 from itertools import groupby
-from pathlib import Path
 
 from bench.kernel_measure import Row
-from pipelines.errors import BadInput
 
 OWN = ("native", "triton", "reference")
 _LONG = ("guesswhat_pointing", "guesswhat_306")
@@ -58,21 +54,6 @@ def pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
         mine = next((row for name, row in providers.items() if name in OWN), None)
         if mine is not None:
             yield mine, {name: row for name, row in providers.items() if name not in OWN}
-
-
-def append(path: Path, rows: Sequence[Row], conditions: Mapping[str, str]) -> None:
-    """Rows with the conditions beside them, after those that the file has. BadInput where it has other columns."""
-    columns = [*conditions, *(field.name for field in fields(Row))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        found = next(csv.reader(file), None)
-        if found is not None and found != columns:
-            raise BadInput(path, "has other columns than this version writes", "name another file with --csv")
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if found is None:
-            writer.writeheader()
-        writer.writerows(dict(conditions) | asdict(row) for row in rows)
 
 
 Ratio = dict[str, float]

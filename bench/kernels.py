@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from bench import aot_report
+from bench import aot_report, records
 from bench.aot import SHARED_LIMIT
 from bench.kernel_case import DEFAULT_TASKS, Case, draw
 from bench.kernel_cases import cases, depends_on_task
 from bench.kernel_measure import Ceilings, Row, Skipped, measure
 from bench.kernel_plot import plot
-from bench.kernel_report import append, headline, report
+from bench.kernel_report import headline, report
 from bench.timing import conditions, cores
 from engine.tasks import load_table
 from kernels import native_library
@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "--csv",
         type=Path,
         metavar="FILE",
-        default=Path("build/bench/kernels.csv"),
-        help="append rows (default: %(default)s)",
+        default=records.FOLDER / "kernels.csv",
+        help="append rows, and to the .jsonl beside it (default: %(default)s)",
     )
     add("--plot", type=Path, metavar="FILE.png", help="draw ratios and shares")
     add("--jobs", type=int, default=cores(), help="with --aot: compilers at a time (default: %(default)s)")
@@ -127,7 +127,11 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case
 
 
 def _write(arguments: argparse.Namespace, rows: list[Row], skipped: list[Skipped], where: dict[str, str]) -> int:
-    append(arguments.csv, rows, where)
+    asked = {
+        name: getattr(arguments, name) for name in ("op", "dtype", "tasks", "batch", "threads", "seconds", "quick")
+    }
+    where = {**where, "config": records.digest(asked)}
+    records.append(arguments.csv, [asdict(row) for row in rows], where)
     print(report(rows))
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     for reason in dict.fromkeys((s.provider, s.reason) for s in skipped):

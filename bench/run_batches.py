@@ -39,12 +39,22 @@ def measure(parts: Parts, rounds: int) -> dict[str, Any]:
             "iterations_per_s": 1 / median,
             "samples_per_s": batch.examples / median,
             "rows": batch.pair_text_rows + batch.pair_image_rows,
+            "seconds": {"ours": {"median": median, "all": seconds[name]}},
         }
     return {
         "tasks": rows,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
         "precision": parts.config.precision,
     }
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One of each task, for the records."""
+    return [
+        {"task": name, "provider": "ours", "median_s": row["seconds"]["ours"]["median"], "rows": row["rows"],
+         "samples_s": row["seconds"]["ours"]["all"]}
+        for name, row in result["tasks"].items()
+    ]  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:

@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.student import quantile
 from engine.journal import read_rows
-
-_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95 % quantiles of Student's t by sample size."""
 
 
 def train(config: Path, folder: Path, overrides: Sequence[str]) -> int:
@@ -51,4 +49,4 @@ def interval(values: Sequence[float]) -> float:
     """Half-width of the 95 % interval of the mean."""
     if len(values) < 2:
         return float("nan")
-    return _T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5

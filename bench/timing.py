@@ -24,6 +24,7 @@ from kernels import native_library
 
 _FLUSHED_BYTES = 256 * 2**20
 """More than the last cache of any GPU: written before each call, so that none finds its inputs there."""
+_KEPT = 25
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Spread:
     """80 % quantile."""
     least: float
     calls: int
+    kept: tuple[float, ...] = ()
+    """Single calls, at most `_KEPT` and evenly spaced: the same turns of all that ran in turns."""
 
 
 class Timed(Protocol):
@@ -73,7 +76,8 @@ def spread(seconds: list[float]) -> Spread:
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
-    return Spread(float(median), float(low), float(high), min(seconds), len(seconds))
+    kept = seconds[:: -(-len(seconds) // _KEPT)]
+    return Spread(float(median), float(low), float(high), min(seconds), len(seconds), tuple(kept))
 
 
 def _cpu_seconds(prepare: Timed) -> float:
@@ -101,16 +105,43 @@ def _flushed() -> torch.Tensor:
 
 
 def conditions(device: torch.device) -> dict[str, str]:
-    """Hardware, threads, versions, commit and time, as text."""
+    """Hardware, clock, threads, versions, commit and time, as text; what cannot be read is empty."""
+    described = commit()
     return {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        "commit": described,
+        "dirty": str(described.endswith("+")).lower(),
         "device": device_name(device),
+        "clock": _clock(device),
         "isa": _isa(device),
         "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
+        "driver": _nvidia_smi("driver_version") if device.type == "cuda" else "",
     }
+
+
+def _clock(device: torch.device) -> str:
+    """Now: a CPU's mean, or a GPU's multiprocessors and memory."""
+    if device.type == "cuda":
+        return _nvidia_smi("clocks.sm,clocks.mem")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return f"{sum(rates) / len(rates):.0f} MHz" if rates else ""
+
+
+def _nvidia_smi(what: str) -> str:
+    """Of the first GPU; empty where the driver's tool is missing."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
 
 
 def device_name(device: torch.device) -> str:

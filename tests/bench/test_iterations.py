@@ -30,7 +30,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     folder = tmp_path_factory.mktemp("iterations")
     code = iterations.main(
         ["--model", "tiny", "--tasks", ",".join(TASKS), "--batch", "2", "--rounds", "2", "--threads", "1",
-         "--json", str(folder / "out/result.json"), "--plot", str(folder / "out/ratios.png")]
+         "--csv", str(folder / "rows.csv"), "--json", str(folder / "out/result.json"), "--plot", str(folder / "out/ratios.png")]
     )  # fmt: skip
     assert code == 0
     return json.loads((folder / "out/result.json").read_text()), folder / "out/ratios.png"
@@ -87,6 +87,14 @@ def test_json_says_under_which_conditions(outcome: tuple[dict[str, Any], Path]) 
     run = iterations.run_of(iterations._parser().parse_args(["--model", "tiny"]))
     tensors = len(list(PaddedModel(run.model).parameters()))
     assert providers["authors"]["optimizer"] == f"PerTensorAdamW, {tensors} parameter groups"
+
+
+def test_rows_are_kept_with_where_they_come_from(outcome: tuple[dict[str, Any], Path]) -> None:
+    lines = (outcome[1].parent.parent / "rows.jsonl").read_text().splitlines()
+    rows = {(row["task"], row["provider"]): row for row in map(json.loads, lines)}
+    assert set(rows) == {(task, provider) for task in TASKS for provider in ("ours", "authors", "stock")}
+    assert rows["nlvr2", "ours"]["median_s"] == outcome[0]["tasks"]["nlvr2"]["seconds"]["ours"]["median"]
+    assert {row["config"] for row in rows.values()} == {outcome[0]["conditions"]["config"]}
 
 
 def test_rest_and_wake() -> None:
