@@ -92,7 +92,7 @@ class Sharded:
             )
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=whole, optimizer=stepped, config=dict(config), dist_init_required=False
+                model=whole, optimizer=stepped, config=_within(config, model), dist_init_required=False
             )
         except ValidationError as error:
             raise BadInput(f"deepspeed: {error.title}", _first(error), "see DeepSpeed's list of keys") from None
@@ -224,6 +224,14 @@ def _first(error: ValidationError) -> str:
     """The first thing that DeepSpeed finds wrong in its configuration."""
     found = error.errors()[0]
     return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+
+
+def _within(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The same, with a bucket of no more values than the model has: DeepSpeed allocates it whole, 2 GB where it has its way."""
+    zero = dict(config.get("zero_optimization", {}))
+    if "reduce_bucket_size" in zero:
+        zero["reduce_bucket_size"] = min(int(zero["reduce_bucket_size"]), sum(p.numel() for p in model.parameters()))
+    return {**config, "zero_optimization": zero}
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ import torch
 from engine.assembly import Parts, assemble
 from engine.model.randomness import Randomness
 from engine.ranks import Ranks
+from engine.sharded import _within
 from tests.engine import sharded_run
 from tests.engine.on_ranks import needs_deepspeed, on_ranks
 from tests.engine.sharded_run import PLAIN, furthest, of, relative
@@ -140,3 +141,11 @@ def test_clipping_shows_in_the_moments(data: Path, tmp_path: Path) -> None:
         sharded_run.runs(Ranks(), str(data), str(tmp_path / name), [PLAIN], *more, f"optimizer.clip={clip}")
     free, clipped = (sharded_run.state(tmp_path / name / "plain-1") for name in ("free", "clipped"))
     assert furthest(clipped, free) > 1e-2
+
+
+@pytest.mark.parametrize(("asked", "given"), [(500_000_000, 12), (5, 5)])
+def test_a_bucket_has_no_more_values_than_the_model(asked: int, given: int) -> None:
+    config = {"zero_optimization": {"stage": 1, "reduce_bucket_size": asked}, "bf16": {}}
+    found = _within(config, torch.nn.Linear(3, 3))
+    assert found == {"zero_optimization": {"stage": 1, "reduce_bucket_size": given}, "bf16": {}}
+    assert config["zero_optimization"]["reduce_bucket_size"] == asked
