@@ -74,7 +74,8 @@ def draw(reports: Mapping[str, Report], roofs: Roofs, conditions: Mapping[str, A
     figure.legend(handles=_legend(), loc="lower center", ncols=10, frameon=False, fontsize=8)
     c = conditions
     where = f"{c['device']}, {c['isa']}, threads: {c['threads']}; {c['model']}, batch {c['batch']}, {c['precision']}"
-    figure.suptitle(f"{where}; areas, and the first number of a name: share of the step", fontsize=10)
+    title = f"{where}; areas, and the first number of a name: share of the step"
+    figure.suptitle(title, fontsize=10, y=1 - 0.2 / height, va="top")
     return figure
 
 

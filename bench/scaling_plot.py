@@ -58,16 +58,18 @@ def _seconds(panel: Axes, name: str, rows: Sequence[Mapping[str, float]]) -> Non
 
 
 def _memory(panel: Axes, name: str, rows: Sequence[Mapping[str, float]]) -> None:
+    """What grows: the process's peak holds gradients and buffers besides, which are the same at every point."""
     at = [row["at"] for row in rows]
-    panel.plot(at, [row["predicted_memory"] / MIB for row in rows], color=_PREDICTED)
-    panel.plot(at, [row["memory"] / MIB for row in rows], "o", color=_MEASURED)
-    panel.set_title("MiB beside weights, moments, gradients", fontsize=9, loc="left")
+    predicted, measured = ([(row[key] - rows[0][key]) / MIB for row in rows] for key in ("predicted_memory", "memory"))
+    panel.plot(at, predicted, color=_PREDICTED)
+    panel.plot(at, measured, "o", color=_MEASURED)
+    panel.set_title("MiB more than at the first point", fontsize=9, loc="left")
     _frame(panel, name, at)
 
 
 def _frame(panel: Axes, name: str, at: Sequence[float]) -> None:
     panel.set_xlabel(_LABELS[name], fontsize=9)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.08 * panel.dataLim.y1)
     if len(at) < 6:
         panel.set_xticks(at)
     if len(at) < 4:

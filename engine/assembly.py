@@ -45,7 +45,7 @@ from pipelines.wordpiece import WordPiece
 VERIFIED_AT_START = 2 * 2**30
 """Bytes of a feature store up to which every record is tested before the first step."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Parts:
         if self.config.data_path == "plain":
             return {name: task.train for name, task in self.tasks.items()}
         raw = {name: task.train.raw for name, task in self.tasks.items()}
-        return dali.Stage(raw, _DTYPES[self.config.precision], self.device).sources()
+        return dali.Stage(raw, DTYPES[self.config.precision], self.device).sources()
 
     def validation(self, task: Task, blind: bool | None = None) -> Iterator[Batch]:
         """The task's validation batches; `blind` overrides the run's own setting."""
@@ -96,7 +96,7 @@ class Parts:
             task.row.batch * self.config.validation.batch_factor,
             seed=self.config.seed,
             task_token=task.token,
-            dtype=_DTYPES[self.config.precision],
+            dtype=DTYPES[self.config.precision],
             share=self.config.share_prefixes,
             blind=self.config.blind if blind is None else blind,
             max_examples=self.config.validation.max_examples,
@@ -142,14 +142,14 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
         dali.check_installed()
     _check_beginnings(config)
     use_kernels(config, device, say)
-    sheet = load_sheet(_sheet_path(config, say), [row.name for row in rows])
+    sheet = load_sheet(sheet_path(config, say), [row.name for row in rows])
     tokenizer = WordPiece.load(sheet.vocabulary)
     if len(tokenizer) > config.model.vocab_size:
         raise BadInput(
             "model.vocab_size", f"{config.model.vocab_size}, but {sheet.vocabulary} has {len(tokenizer)} entries"
         )
-    answers = _shared_answers(rows, sheet)
-    held = _held_out(config, table, rows, sheet, say)
+    answers = shared_answers(rows, sheet)
+    held = test_images(config, table, rows, sheet, say)
     tokens, scales = task_tokens(config.task_tokens, rows), loss_scale(rows)
     tasks = {}
     for row in rows:
@@ -164,7 +164,7 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     _verify_stores(tasks, say)
     if config.resident_features:
         tasks = _with_resident_features(tasks, config, device, say)
-    model = _model(config, table, rows, answers, say).to(device)
+    model = build_model(config, table, rows, answers, say).to(device)
     stepper = build_stepper(config, rows, model, device, ranks, sharded)
     return Parts(config, table, tasks, model, stepper, device, ranks)
 
@@ -218,7 +218,8 @@ def data_spec(row: TaskRow, head: HeadRow) -> DataSpec:
     )  # fmt: skip
 
 
-def _sheet_path(config: RunConfig, say: Callable[[str], None]) -> Path:
+def sheet_path(config: RunConfig, say: Callable[[str], None]) -> Path:
+    """The run's data sheet; the embedded world is built on first use."""
     if config.data != "world":
         return Path(config.data)
     from pipelines.world import ensure  # the renderer is needed by the embedded world only
@@ -227,7 +228,7 @@ def _sheet_path(config: RunConfig, say: Callable[[str], None]) -> Path:
     return ensure(Path(config.world.path), seed=config.world.seed, size=config.world.size)
 
 
-def _held_out(
+def test_images(
     config: RunConfig, table: Table, rows: tuple[TaskRow, ...], sheet: Sheet, say: Callable[[str], None]
 ) -> HeldOut:
     """The test images of all data sets of the sheet, those that this run does not train included."""
@@ -269,7 +270,7 @@ def _read(
         for data in (train, val):
             check_classes(data, config.model.v_target_size)
     return TrainingSource(
-        train, sampler, token, _DTYPES[config.precision], config.share_prefixes, config.blind, grid, masking,
+        train, sampler, token, DTYPES[config.precision], config.share_prefixes, config.blind, grid, masking,
         config.data_threads,
     ), val  # fmt: skip
 
@@ -282,7 +283,7 @@ def _with_resident_features(
             what = f"{name}: pretraining changes the features of every batch, so they cannot stay as they are"
             raise BadInput("resident_features", what, "resident_features: false")
     datas = [data for task in tasks.values() for data in (task.train.data, task.val)]
-    resident = Resident.of(datas, _DTYPES[config.precision], device)
+    resident = Resident.of(datas, DTYPES[config.precision], device)
     say(f"features on {device}: {resident.table.nbytes / 2**20:,.1f} MiB")
     return {name: replace(task, train=replace(task.train, resident=resident)) for name, task in tasks.items()}
 
@@ -297,7 +298,7 @@ def _verify_stores(tasks: dict[str, Task], say: Callable[[str], None]) -> None:
             say(f"{store.path}: {store.nbytes / 2**30:.0f} GiB, tested as it is read (stopgo check tests it whole)")
 
 
-def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:
+def shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers]:
     """The answer vocabulary of each answer head; tasks that share a head must share it."""
     found: dict[str, tuple[str, Answers]] = {}
     for row in rows:
@@ -312,9 +313,10 @@ def _shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answer
     return {head: answers for head, (_, answers) in found.items()}
 
 
-def _model(
+def build_model(
     config: RunConfig, table: Table, rows: tuple[TaskRow, ...], answers: dict[str, Answers], say: Callable[[str], None]
 ) -> ViLBERT:
+    """The model with the heads that these rows need, and the weights that the run begins from."""
     specs = {}
     for row in rows:
         head = table.head(row)
@@ -385,7 +387,7 @@ def _rounded(config: RunConfig, model: ViLBERT) -> dict[nn.Parameter, Tensor]:
     if config.precision == "float32":
         return {}
     exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-    model.to(_DTYPES[config.precision])
+    model.to(DTYPES[config.precision])
     return exact
 
 

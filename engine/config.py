@@ -188,6 +188,11 @@ class Checkpoint(_Section):
     every: int | None = Field(None, ge=1, description="iterations between two checkpoints")
     minutes: float | None = Field(None, gt=0, description="minutes between two checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    wait: bool = Field(
+        False,
+        description="stand still until a checkpoint is in place: a kill then loses one interval at most, and not what was "
+        "done while it was written besides",
+    )
     best: bool = Field(False, description="also save at each task's best score, and keep the best one of each task")
 
 

@@ -284,6 +284,8 @@ class Loop:
         due = (every and c.iteration % every == 0) or (self._new_best and config.checkpoint.best)
         if due or self._agreed.save:
             self._save()
+            if config.checkpoint.wait:
+                self._wait_for_save()
         self._new_best = False
 
     def _write_windows(self) -> None:
