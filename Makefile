@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup setup-dali setup-gpu train test test-slow lint format gate native native-test bench gpu
+.PHONY: setup setup-dali setup-gpu train test test-slow lint format gate native native-test bench results gpu
 
 setup: $(READY)
 
@@ -65,6 +65,22 @@ gate: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench
+
+# The READMEs' measured tables and figures, all anew: three hours of a machine that does nothing else.
+RESULTS := bench/results
+results: $(READY)
+	$(BIN)/python -m bench.iterations --batch 16 --rounds 3 --json $(RESULTS)/iterations_batch_16.json --plot bench/figures/iterations.png
+	$(BIN)/python -m bench.iterations --batch 4 --rounds 5 --json $(RESULTS)/iterations_batch_4.json
+	$(BIN)/python -m bench.kernels --json $(RESULTS)/kernels.json --plot bench/figures/kernels.png
+	$(BIN)/python -m bench.pipeline --training --simulate 4 --json $(RESULTS)/pipeline.json
+	$(BIN)/python -m bench.plan --check threads=1 --json $(RESULTS)/plan.json
+	$(BIN)/python -m bench.plan --check-run 1,2 --config configs/runs/world.yaml threads=1 --json $(RESULTS)/plan_ranks.json
+	$(BIN)/python -m bench.profile --tasks vqa,coco_retrieval,refcoco,nlvr2 --json $(RESULTS)/profile.json
+	$(BIN)/python -m bench.profile --tasks vqa --plot bench/figures/roofline.png
+	$(BIN)/python -m bench.scaling --json $(RESULTS)/scaling.json --plot bench/figures/scaling.png
+	$(BIN)/python -m bench.blind --json $(RESULTS)/blind.json
+	$(BIN)/python -m bench.compare.trials --equal 20 --planted 10 --json $(RESULTS)/compare.json
+	$(BIN)/python -m bench.tables --write
 
 # Everything that only a GPU can show: kernel tests on the device, benchmarks, counters; results in bench/results/gpu.
 gpu: $(READY)

@@ -1,0 +1,162 @@
+"""`python -m bench.tables`: the tables of the READMEs whose numbers are measured, made from `bench/results`.
+
+Without arguments they are printed; with `--write` they take the place of those that stand there. A table is found by its first
+line, so what stands around it stays. `tests/bench/test_tables.py` fails where a README says something else than the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from bench import standing
+from bench.blind import Comparison
+from bench.blind import table as blind_table
+from engine.tasks import load_table
+from pipelines.errors import BadInput
+from pipelines.files import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+GIB = 2**30
+
+Result = Any
+Lines = Iterator[str]
+
+_SHOWN = ("vqa", "coco_retrieval", "refcocog", "guesswhat_pointing", "nlvr2")
+"""One task of each group, and the longest texts; all twelve are in the figure."""
+_PEERS = ("authors", "stock")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table in a README."""
+
+    readme: str
+    results: tuple[str, ...]
+    """Files of `bench/results` that its numbers are in."""
+    lines: Callable[..., Lines]
+    """Of the results, in that order."""
+
+    def made(self, folder: Path = RESULTS) -> list[str]:
+        """Its lines. Raises BadInput for a result that is not there or is none."""
+        read = []
+        for name in self.results:
+            try:
+                read.append(json.loads((folder / name).read_text()))
+            except (OSError, ValueError) as error:
+                raise BadInput(folder / name, f"not a result: {error}", "measure it again (bench/README.md)") from None
+        try:
+            return list(self.lines(*read))
+        except (KeyError, TypeError, AttributeError) as error:
+            where = ", ".join(self.results)
+            raise BadInput(folder / where, f"not the result that its table needs: {error!r}") from None
+
+
+def speed(batch_16: Result, batch_4: Result) -> Lines:
+    """The full model's step against two peers (root README)."""
+    results = (batch_16, batch_4)
+    yield "| | batch 16: steps/s | *authors* | *stock* | batch 4: steps/s | *authors* | *stock* |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name in _SHOWN:
+        tasks = [result["tasks"][name] for result in results]
+        cells = [[f"{task['iterations_per_s']:.2f}", *_times(task["ratio"])] for task in tasks]
+        yield _row(load_table().row(name).title, *cells[0], *cells[1])
+    means = [["", *(f"**{cell}**" for cell in _times(result["geometric_mean"]))] for result in results]
+    yield _row("**twelve tasks, geometric mean**", *means[0], *means[1])
+    memory = [result["memory"] for result in results]
+    cells = [[f"{m['working_bytes']['ours'] / GIB:.1f} GiB", *_times(m["working_ratio"], 2)] for m in memory]
+    yield _row("working memory, largest task", *cells[0], *cells[1])
+
+
+def blind(result: Result) -> Lines:
+    """What is learned, and by looking (root README)."""
+    yield from blind_table([Comparison(**task) for task in result["tasks"]], len(result["seeds"])).splitlines()
+
+
+_CASES = {
+    "vilbert_6l_6c, batch 4": "steps, full model, batch 4",
+    "tiny, batch 32": "steps, tiny model, batch 32",
+    "engine.train, 1 rank": "the embedded world's run, 1 rank",
+    "engine.train, 2 ranks": "the same, 2 ranks",
+}
+
+
+def plan(steps: Result, runs: Result) -> Lines:
+    """Predicted over measured (bench/README.md)."""
+    yield "| run | predicted over measured, geometric mean | tasks |"
+    yield "|---|---:|---:|"
+    checks = [*steps["checks"], *runs["checks"]]
+    for case, title in _CASES.items():
+        ratios = [check["ratio"] for check in checks if check["case"] == case]
+        tasks = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        yield _row(f"{title}, {len(ratios)} tasks", f"{geometric_mean(ratios):.2f}", tasks)
+
+
+def profile(result: Result) -> Lines:
+    """A step by phase, and what looking costs (bench/README.md)."""
+    yield "| task | ms a step | looked into | phases add up to | forward | backward | optimizer |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name, task in result["tasks"].items():
+        step, phases = task["step"], task["phases"]
+        shares = (f"{phases[phase] / step['profiled_s']:.0%}" for phase in ("forward", "backward", "step"))
+        found = (f"{1e3 * step['plain_s']:,.0f}", f"{step['overhead']:+.1%}", f"{step['phases_over_plain']:.1%}")
+        yield _row(load_table().row(name).title, *found, *shares)
+
+
+TABLES = (
+    Shown("README.md", ("iterations_batch_16.json", "iterations_batch_4.json"), speed),
+    Shown("README.md", ("blind.json",), blind),
+    Shown("bench/README.md", ("plan.json", "plan_ranks.json"), plan),
+    Shown("bench/README.md", ("profile.json",), profile),
+    Shown("bench/README.md", (), lambda: iter(standing.table(RESULTS).splitlines())),
+)
+
+
+def replaced(text: str, lines: Sequence[str], where: Path) -> str:
+    """The text with these lines in place of its table that begins alike. Raises BadInput where it has none."""
+    before = text.splitlines()
+    if lines[0] not in before:
+        raise BadInput(where, f"has no table that begins with {lines[0]!r}", "put that line where it belongs")
+    start = before.index(lines[0])
+    stop = next((at for at in range(start, len(before)) if not before[at].startswith("|")), len(before))
+    return "\n".join([*before[:start], *lines, *before[stop:]]) + "\n"
+
+
+def _times(ratios: Mapping[str, float], digits: int = 1) -> list[str]:
+    return [f"{ratios[peer]:.{digits}f} ×" for peer in _PEERS]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 for a result or a README that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="put them where they belong")
+    arguments = parser.parse_args(argv)
+    try:
+        for shown in TABLES:
+            lines, path = shown.made(), ROOT / shown.readme
+            text = replaced(path.read_text(), lines, path)
+            if arguments.write:
+                write_atomic(path, text.encode())
+            else:
+                print(f"{shown.readme}, from {', '.join(shown.results) or 'all results'}\n", *lines, "", sep="\n")
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
