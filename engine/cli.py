@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
+    "consistency": ("engine.consistency", "does it find what it answers questions about? (paper section 5)"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
     "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
     "doctor": ("engine.doctor.__main__", "what is wrong with this machine, or held a run back, and how to mend it"),
@@ -42,7 +43,7 @@ def entry() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: stopgo COMMAND ...", "", *lines, "", "stopgo COMMAND --help says more."])
 
 
