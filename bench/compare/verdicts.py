@@ -22,7 +22,7 @@ import numpy as np
 
 from bench.student import quantile
 
-ALARM, WHERE = 0.01, 0.05
+ALARM, WHERE = 0.02, 0.05
 STEP, TASK, OP = "step", "task", "op"
 """Kinds of rows; "step" is one row, the mean over the tasks."""
 SLOWER, FASTER, SAME, NOISY = "slower", "faster", "same", "too noisy to say"

@@ -48,7 +48,7 @@ def simulated(random: np.random.Generator, slower: float = 0.0) -> dict[Key, Est
 
 
 def test_equal_code_is_rarely_told_apart() -> None:
-    """Over all rows together, in one comparison of a hundred at most; and the intervals shown hold 1 in 95 of 100."""
+    """Over all rows together, in two comparisons of a hundred at most; and the intervals shown hold 1 in 95 of 100."""
     random = np.random.default_rng(0)
     comparisons = [judge(simulated(random), GATE) for _ in range(3000)]
     alarms = sum(any(row.verdict in (SLOWER, FASTER) for row in rows) for rows in comparisons)
