@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def trained(folder: Path) -> Trained:
 def found(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, TaskScores], Path]:
     output = tmp_path_factory.mktemp("evaluation") / "deep" / "er"
     return evaluate(trained, split="val", output=output), output
+
+
+def examples(name: str) -> list[Any]:
+    """What the run was made of."""
+    return list(EXAMPLES[name])
 
 
 def lines(path: Path) -> list[dict]:
@@ -74,9 +80,9 @@ def test_scores_json(found: tuple[dict[str, TaskScores], Path]) -> None:
 
 def test_boxes_of_the_file_give_the_score(found: tuple[dict[str, TaskScores], Path]) -> None:
     rows = lines(found[1] / "phrases_val.jsonl")
-    assert [row["id"] for row in rows] == [example.id for example in EXAMPLES["phrases"]]
+    assert [row["id"] for row in rows] == [example.id for example in examples("phrases")]
     right = 0
-    for row, example in zip(rows, EXAMPLES["phrases"], strict=True):
+    for row, example in zip(rows, examples("phrases"), strict=True):
         assert row["image"] == example.images[0]
         best = max(inclusive_iou(row["box"], box) for box in example.target.boxes)
         assert row["iou"] == pytest.approx(best, abs=2e-3)  # the file rounds boxes to hundredths of a pixel
@@ -103,7 +109,7 @@ def test_every_region_against_the_inclusive_convention(trained: Trained) -> None
         ((boxes, overlaps, reachable),) = _looked_at(data, chosen)
         expected = [
             max(inclusive_iou(box, true) for true in example.target.boxes)
-            for box, example in zip(boxes.tolist(), EXAMPLES["phrases"], strict=True)
+            for box, example in zip(boxes.tolist(), examples("phrases"), strict=True)
         ]
         np.testing.assert_allclose(overlaps, expected, atol=1e-6)
         seen.append(overlaps)
@@ -113,7 +119,7 @@ def test_every_region_against_the_inclusive_convention(trained: Trained) -> None
 
 def test_options_of_the_file_give_the_score(found: tuple[dict[str, TaskScores], Path]) -> None:
     rows = lines(found[1] / "pointing_val.jsonl")
-    pairs = [(row, example.target) for row, example in zip(rows, EXAMPLES["pointing"], strict=True)]
+    pairs = [(row, example.target) for row, example in zip(rows, examples("pointing"), strict=True)]
     assert all(row["box"] == target.choices[row["option"]] for row, target in pairs)
     right = sum(row["option"] == target.answer for row, target in pairs)
     assert right / len(rows) == pytest.approx(found[0]["pointing"].score)
@@ -121,12 +127,12 @@ def test_options_of_the_file_give_the_score(found: tuple[dict[str, TaskScores], 
 
 def test_classes_and_answers_of_the_files_give_the_scores(found: tuple[dict[str, TaskScores], Path]) -> None:
     scores, output = found
-    classes = zip(lines(output / "pairs_val.jsonl"), EXAMPLES["pairs"], strict=True)
+    classes = zip(lines(output / "pairs_val.jsonl"), examples("pairs"), strict=True)
     assert np.mean([row["class"] == example.target.index for row, example in classes]) == pytest.approx(
         scores["pairs"].score
     )
     marks = []
-    for row, example in zip(lines(output / "answers_val.jsonl"), EXAMPLES["answers"], strict=True):
+    for row, example in zip(lines(output / "answers_val.jsonl"), examples("answers"), strict=True):
         soft = dict(zip(example.target.answers, example.target.scores, strict=True))
         marks.append(soft.get(row["answer"], 0.0))
     assert np.mean(marks) == pytest.approx(scores["answers"].score, abs=1e-7)

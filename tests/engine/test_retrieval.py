@@ -37,11 +37,17 @@ def brute(loaded: Callable[[str], Trained]) -> Callable[[str], NDArray[np.float3
         if precision not in found:
             trained = loaded(precision)
             data = trained.data(TASK, "val")
-            images = data.pool.images.astype(np.int64)
+            images = pool_images(data)
             found[precision] = np.stack([plain(trained, data, text, images) for text in range(len(data))])
         return found[precision]
 
     return scores
+
+
+def pool_images(data: TaskData) -> NDArray[np.int64]:
+    """Store rows."""
+    assert data.pool is not None
+    return data.pool.images.astype(np.int64)
 
 
 def plain(trained: Trained, data: TaskData, text: int, images: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -67,13 +73,13 @@ def fast(trained: Trained) -> NDArray[np.float32]:
 def test_the_data_are_worth_it(loaded: Callable[[str], Trained]) -> None:
     data = loaded("float32").data(TASK, "val")
     assert len(set(np.diff(data.token_offsets))) > 3
-    assert len(set(data.detector_counts(data.pool.images.astype(np.int64)))) > 3
+    assert len(set(data.detector_counts(pool_images(data)))) > 3
 
 
 def test_a_pair_alone_scores_what_it_scores_among_others(loaded, brute) -> None:
     trained = loaded("float32")
     data = trained.data(TASK, "val")
-    images = data.pool.images.astype(np.int64)
+    images = pool_images(data)
     for text, place in ((0, 0), (7, 11), (39, 4)):
         alone = plain(trained, data, text, images[place : place + 1])
         assert alone[0] == pytest.approx(brute("float32")[text, place], abs=1e-6)
@@ -107,7 +113,7 @@ def test_ranks_and_measures_are_those_of_all_pairs(loaded, brute, tmp_path: Path
     data = trained.data(TASK, "val")
     scores = evaluate(trained, [TASK], "val", tmp_path)[TASK]
     lines = [json.loads(line) for line in (tmp_path / f"{TASK}_val.jsonl").read_text().splitlines()]
-    keys = [data.store.keys()[row] for row in data.pool.images]
+    keys = [data.store.keys()[row] for row in pool_images(data)]
     places = []
     for number, (row, line) in enumerate(zip(brute("float32").tolist(), lines, strict=True)):
         right = data.store.keys()[data.image_rows[number, 0]]
