@@ -11,7 +11,8 @@ of Visual7W and GuessWhat; NLVR2's accuracy, with its consistency; SNLI-VE's acc
   gqa_test.json             [{questionId, prediction}], likewise
   nlvr2_test.csv            identifier,True or False
   <task>_<split>.jsonl      the others: id and answer, class, box, option, or the 20 best images of each caption
-A split without published answers gives its result file and no score.
+A split without published answers gives its result file and no score. A data set without a test split (Visual Genome QA has
+none) is evaluated on its validation split, and the table says so.
 
 key=value changes what changes no weights: data=SHEET.yaml, precision=bfloat16, device=cuda, threads=1, ...
 """

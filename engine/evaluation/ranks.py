@@ -1,4 +1,4 @@
-"""Where the right image stands among all of the pool (spec section 6). Imports no torch."""
+"""Where the right image stands among all of the pool (spec section 6)."""
 
 from __future__ import annotations
 

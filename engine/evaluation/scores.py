@@ -1,4 +1,4 @@
-"""What an evaluation finds out about one split of one data set. Imports no torch."""
+"""What an evaluation finds out about one split of one data set."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ class TaskScores:
     """By `Example.group`, in the order of their names; empty where the data set knows none."""
     n: int
     """Examples of the split."""
+    split: str = "test"
+    """Which one it was."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def summary(
-    marks: Marks | None, metrics: Mapping[str, float], names: tuple[str, ...], codes: NDArray[np.int32], n: int
+    marks: Marks | None, metrics: Mapping[str, float], names: tuple[str, ...], codes: NDArray[np.int32], split: str
 ) -> TaskScores:
     """Scores of n examples. `names` and `codes`: the groups, and which of them each example is of, int32 [n]."""
     if marks is None:
-        return TaskScores(None, dict(metrics), {}, n)
+        return TaskScores(None, dict(metrics), {}, len(codes), split)
     sums = np.bincount(codes, weights=marks, minlength=len(names))
     counts = np.bincount(codes, minlength=len(names))
     groups = {name: Group(float(s / c), int(c)) for name, s, c in zip(names, sums, counts, strict=True) if name and c}
-    return TaskScores(float(marks.mean()), dict(metrics), dict(sorted(groups.items())), n)
+    return TaskScores(float(marks.mean()), dict(metrics), dict(sorted(groups.items())), len(codes), split)

@@ -1,4 +1,4 @@
-"""Scores as a table on the terminal. Imports no torch."""
+"""Scores as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def show(scores: Mapping[str, TaskScores], rows: Mapping[str, TaskRow], split: s
         metric, *others = task.metrics or ("no answers",)
         score = "" if task.score is None else f"{100 * task.score:.2f}"
         beside = ", ".join([*(told(other, task.metrics[other]) for other in others), *_groups(task)])
-        table.add_row(rows[name].title, score, metric.replace("_", " "), f"{task.n:,}", beside)
+        title = rows[name].title if task.split == split else f"{rows[name].title} ({task.split})"
+        table.add_row(title, score, metric.replace("_", " "), f"{task.n:,}", beside)
     known = [task.score for task in scores.values() if task.score is not None]
     if len(known) > 1:
         table.add_section()

@@ -15,6 +15,7 @@ from engine.evaluate import main
 from engine.evaluation import Group, TaskScores, evaluate
 from engine.evaluation.rules import _looked_at, consistency
 from engine.evaluation.scores import summary
+from engine.evaluation.table import show
 from engine.journal import EVENTS_FILE, read_rows
 from engine.tasks import EVALUATIONS, load_table
 from engine.trained import Trained, load_trained
@@ -71,7 +72,7 @@ def test_groups_add_up(found: tuple[dict[str, TaskScores], Path]) -> None:
 def test_scores_json(found: tuple[dict[str, TaskScores], Path]) -> None:
     scores, output = found
     written = json.loads((output / "scores.json").read_text())
-    assert (written["split"], written["precision"]) == ("val", "float32")
+    assert written["precision"] == "float32" and written["checkpoint"].endswith("iteration-0000012")
     assert written["tasks"] == {name: task.as_json() for name, task in scores.items()}
     assert sorted(path.name for path in output.iterdir()) == sorted(
         ["scores.json", *(f"{name}_val.jsonl" for name in scores)]
@@ -154,9 +155,9 @@ def test_consistency_asks_for_all_pairs_of_a_sentence(marks, sentences, expected
 
 def test_summary_leaves_out_empty_groups_and_nameless_ones() -> None:
     marks, codes = np.array([1.0, 0.5, 0.0]), np.array([1, 1, 2], np.int32)
-    got = summary(marks, {"accuracy": 0.5}, ("never", "b", ""), codes, 3)
-    assert got == TaskScores(0.5, {"accuracy": 0.5}, {"b": Group(0.75, 2)}, 3)
-    assert summary(None, {}, ("b",), codes, 3) == TaskScores(None, {}, {}, 3)
+    got = summary(marks, {"accuracy": 0.5}, ("never", "b", ""), codes, "val")
+    assert got == TaskScores(0.5, {"accuracy": 0.5}, {"b": Group(0.75, 2)}, 3, "val")
+    assert summary(None, {}, ("b",), codes, "test") == TaskScores(None, {}, {}, 3)
 
 
 @pytest.mark.parametrize("task", ["answers", "phrases", "pointing", "pairs", "captions"])
@@ -172,8 +173,15 @@ def test_logits_that_are_not_finite_name_the_task(folder: Path, task: str, value
 def test_what_cannot_be_evaluated(trained: Trained) -> None:
     with pytest.raises(BadInput, match="vqa.*was not trained on it"):
         evaluate(trained, ["vqa"], "val")
-    with pytest.raises(BadInput, match=r"sets.answers.test: the sheet does not have this split"):
-        evaluate(trained)
+
+
+def test_a_data_set_without_a_test_split_is_evaluated_on_val(
+    trained: Trained, found: tuple[dict[str, TaskScores], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = evaluate(trained, ["answers"])
+    assert scores == {"answers": found[0]["answers"]} and scores["answers"].split == "val"
+    show(scores, trained.rows, "test")
+    assert "answers (val)" in capsys.readouterr().out
 
 
 def test_every_task_of_the_table_has_a_rule() -> None:
@@ -198,7 +206,6 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "said"),
     [
         (["--split", "val", "--tasks", "phrases,nothing"], "nothing"),
-        (["--split", "test"], "does not have this split"),
         (["--split", "val", "seed=1"], "an evaluation cannot change it"),
         (["--split", "val", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
