@@ -49,8 +49,8 @@ TASK = "coco_retrieval"
 RESULTS = Path("bench/results/retrieval.json")
 CPU = torch.device("cpu")
 _ROUNDINGS = 16
-"""What float32 itself may err by, in roundings of the largest score: there the padded loop and the authors' run the same products,
-and do not differ at all."""
+"""What float32 itself may err by, in roundings of the largest score: in it the padded loop and the authors' run the same
+products, and do not differ at all."""
 
 SLICES: dict[str, dict[str, int]] = {
     "tiny": {"captions": 5, "block": 40, "call": 500, "ranked_captions": 10, "ranked_images": 500},
