@@ -34,14 +34,16 @@ def pair_scores(trained: Trained, data: TaskData, show: Show) -> NDArray[np.floa
     captions = _captions(trained, data, pairs)
     images = data.pool.images.astype(np.int64)
     scores = np.empty((len(captions), len(images)), np.float32)
-    what = trained.row(data.spec.name).title
     for first, block in _blocks(trained, data, pairs, images):
-        columns = [pairs.scores(caption, block) for caption in captions]
-        scores[:, first : first + block.rows.n] = torch.stack(columns).cpu().numpy()
-        show(what, first + block.rows.n, len(images))
-    if not np.isfinite(scores).all():
-        bad = data.ids[int(np.argmin(np.isfinite(scores).all(1)))]
-        raise not_finite(trained, data, f"caption {bad}")
+        found = []
+        for done, caption in enumerate(captions, 1):
+            found.append(pairs.scores(caption, block))
+            show(f"{data.spec.name}, pairs", first * len(captions) + done * block.rows.n, scores.size)
+        part = scores[:, first : first + block.rows.n]
+        part[:] = torch.stack(found).cpu().numpy()
+        finite = np.isfinite(part).all(1)
+        if not finite.all():  # told now: the rest may take hours
+            raise not_finite(trained, data, f"caption {data.ids[int(np.argmin(finite))]}")
     return scores
 
 
