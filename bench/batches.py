@@ -81,9 +81,9 @@ def draw(row: TaskRow, lengths: TaskLengths, config: ModelConfig, batch: int, se
     for _ in range(batch):
         samples.pair_text += [len(samples.texts) + i for i in texts]
         samples.pair_image += [len(samples.features) + i for i in images]
-        samples.texts += [_text(next(text_rows) - 1, config.vocab_size, generator) for _ in range(max(texts) + 1)]
+        samples.texts += [random_text(next(text_rows) - 1, config.vocab_size, generator) for _ in range(max(texts) + 1)]
         for _ in range(max(images) + 1):
-            features, boxes = _image(next(region_rows), config.v_feature_size, generator)
+            features, boxes = random_image(next(region_rows), config.v_feature_size, generator)
             samples.features.append(features)
             samples.boxes.append(boxes)
         samples.answers.append(_answer(samples, random))
@@ -97,12 +97,13 @@ def _items(row: TaskRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (0,) * row.images, tuple(range(row.images))
 
 
-def _text(length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+def random_text(length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """int64 [length], the ends included."""
     words = torch.randint(FIRST_WORD, vocabulary, (length - 2,), generator=generator)
     return torch.cat((torch.tensor([CLS]), words, torch.tensor([SEP])))
 
 
-def _image(rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_image(rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Features like a detector's (not negative, half of them zero), boxes in the unit square."""
     features = torch.randn(rows, width, generator=generator).relu_()
     features[0] = features[1 : 1 + DETECTED].mean(0)

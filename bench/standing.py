@@ -132,6 +132,23 @@ def _waiting(run: str) -> Callable[[Result], float]:
     return lambda result: result["waiting"][run]["share"]
 
 
+def _retrieval() -> Iterator[Goal]:
+    for key, title in (("tiny bfloat16", "tiny"), ("vilbert_6l_6c bfloat16", "full model")):
+        name = f"retrieval of 5,000 × 1,000, {title}"
+        yield Goal(f"{name}, against *padded* in the same dtype", "retrieval", _slower(key, "padded"), 1.4, 1.2)
+        yield Goal(f"{name}, against *authors*", "retrieval", _slower(key, "authors"), 5, 4)
+        beyond = "images in another order than in float32, beyond the dtype's error"
+        yield Goal(f"{name}: {beyond}", "retrieval", _beyond(key), 0, 0, True, "{:.0f}")
+
+
+def _slower(key: str, peer: str) -> Callable[[Result], float]:
+    return lambda result: result[key]["seconds_of_all"][peer] / result[key]["seconds_of_all"]["ours"]
+
+
+def _beyond(key: str) -> Callable[[Result], float]:
+    return lambda result: result[key]["order"]["beyond"]
+
+
 _16 = "iterations_batch_16"
 GOALS = (
     *_iterations(16, (5.5, 5)),
@@ -148,6 +165,7 @@ GOALS = (
     *_kernels(),
     *_triton(),
     *_pipeline(),
+    *_retrieval(),
 )
 """The order of the table."""
 
@@ -157,6 +175,7 @@ COMMANDS = {
     "kernels": "python -m bench.kernels",
     "aot": "python -m bench.kernels --aot sm_80,sm_90",
     "pipeline": "python -m bench.pipeline --training --simulate 4",
+    "retrieval": "python -m bench.retrieval",
 }
 
 

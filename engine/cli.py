@@ -7,6 +7,10 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
+    "evaluate": (
+        "engine.evaluate",
+        "score a checkpoint by each data set's official rule; result files for test servers",
+    ),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "consistency": ("engine.consistency", "does it find what it answers questions about? (paper section 5)"),

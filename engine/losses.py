@@ -61,19 +61,24 @@ def _regions(logits: Tensor, target: RegionTarget, batch: Batch) -> LossAndScore
     """Binary cross-entropy summed over an example's region rows; right if the arg-max row's IoU is above 0.5."""
     real = _of_entries(target.scores, target.cu_regions, batch)
     loss = F.binary_cross_entropy_with_logits(logits, target.scores, real, reduction="sum") / batch.examples
-    best = _ragged_argmax(logits.detach(), target.cu_regions.long())[: batch.examples]
+    best = ragged_argmax(logits.detach(), target.cu_regions.long())[: batch.examples]
     return loss, (target.scores[best] > ACCEPTED_IOU).float()
 
 
 def _choices(logits: Tensor, target: ChoiceTarget, batch: Batch) -> LossAndScore:
     """The same over an example's options only; right if the arg-max option is the arg-max target."""
-    lengths = batch.cu_images.diff().long()[batch.pair_image]
-    pair_start = lengths.cumsum(0) - lengths
-    chosen = logits[pair_start.repeat_interleave(target.offsets.diff(), output_size=target.rows.numel()) + target.rows]
+    chosen = option_logits(logits, target, batch)
     real = _of_entries(target.scores, target.offsets, batch)
     loss = F.binary_cross_entropy_with_logits(chosen, target.scores, real, reduction="sum") / batch.examples
-    right = _ragged_argmax(chosen.detach(), target.offsets) == _ragged_argmax(target.scores, target.offsets)
+    right = ragged_argmax(chosen.detach(), target.offsets) == ragged_argmax(target.scores, target.offsets)
     return loss, right[: batch.examples].float()
+
+
+def option_logits(logits: Tensor, target: ChoiceTarget, batch: Batch) -> Tensor:
+    """The logits of the region rows that are options, in the order of `target.rows`, out of those of all region rows."""
+    lengths = batch.cu_images.diff().long()[batch.pair_image]
+    pair_start = lengths.cumsum(0) - lengths
+    return logits[pair_start.repeat_interleave(target.offsets.diff(), output_size=target.rows.numel()) + target.rows]
 
 
 def _classes(logits: Tensor, target: ClassTarget, batch: Batch) -> LossAndScore:
@@ -106,7 +111,7 @@ def _of_entries(entries: Tensor, offsets: Tensor, batch: Batch) -> Tensor | None
     return (torch.arange(entries.numel(), device=entries.device) < offsets[batch.examples]).to(entries.dtype)
 
 
-def _ragged_argmax(values: Tensor, offsets: Tensor) -> Tensor:
+def ragged_argmax(values: Tensor, offsets: Tensor) -> Tensor:
     """int64 [n]: place of the first largest of values[offsets[i]:offsets[i + 1]], as an index into `values`."""
     lengths = offsets.diff()
     item = torch.arange(lengths.numel(), device=values.device).repeat_interleave(lengths, output_size=values.numel())

@@ -25,6 +25,7 @@ LossKind = Literal["soft_labels", "options", "regions", "choices", "classes", "m
 MetricKind = Literal[
     "soft_accuracy", "option_accuracy", "region_accuracy", "choice_accuracy", "class_accuracy", "alignment_accuracy"
 ]
+EvaluationKind = Literal["vqa", "gqa", "answers", "retrieval", "regions", "choices", "nlvr2", "classes"]
 TaskTokens = Literal["dataset", "head", "none"]
 
 LOSSES: dict[HeadKind, tuple[LossKind, ...]] = {
@@ -46,6 +47,17 @@ METRICS: dict[LossKind, MetricKind] = {
     "masked": "alignment_accuracy",
 }
 """Which metric scores the targets of which loss."""
+
+EVALUATIONS: dict[LossKind, tuple[EvaluationKind, ...]] = {
+    "soft_labels": ("answers", "vqa", "gqa"),
+    "options": ("retrieval",),
+    "regions": ("regions",),
+    "choices": ("choices",),
+    "classes": ("classes", "nlvr2"),
+    "masked": (),
+}
+"""Which rules can evaluate the decisions of which loss; the first is taken where a row names none. The rules themselves are in
+`engine/evaluation/rules.py`."""
 
 LOSS_PARTS: dict[LossKind, tuple[str, ...]] = {"masked": ("masked_words", "masked_regions", "alignment")}
 """Losses that are a sum, and its parts."""
@@ -95,6 +107,9 @@ class TaskRow(_Row):
     max_regions: int = Field(ge=2, description="global row and appended annotated boxes included")
     loss: LossKind = Field(description="what is minimised; must fit the head's kind")
     metric: MetricKind = Field(description="what validation reports, in [0, 1], higher is better; must fit the loss")
+    evaluation: EvaluationKind | None = Field(
+        None, description="the official rule and the form of its result file; must fit the loss"
+    )
     default: bool = Field(True, description="part of `tasks: all`")
     token: bool = Field(True, description="whether its texts carry a task token; pretraining's do not")
 
@@ -103,6 +118,18 @@ class TaskRow(_Row):
         if self.metric != METRICS[self.loss]:
             raise ValueError(f"metric {self.metric} cannot score loss {self.loss}; use {METRICS[self.loss]}")
         return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits_loss(self) -> Self:
+        fitting = EVALUATIONS[self.loss]
+        if self.evaluation is not None and self.evaluation not in fitting:
+            raise ValueError(f"evaluation {self.evaluation} cannot judge loss {self.loss}; use {' or '.join(fitting)}")
+        return self
+
+    @property
+    def rule(self) -> EvaluationKind | None:
+        """How the data set is evaluated: `evaluation`, or what its loss implies. None: it is not (pretraining)."""
+        return self.evaluation or next(iter(EVALUATIONS[self.loss]), None)
 
 
 class Table(_Row):

@@ -82,6 +82,19 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
     return {answer: SCORES[min(count, 4)] for answer, count in counts.items()}
 
 
+def official_accuracy(answer: str, given: Sequence[str]) -> float:
+    """The official VQA accuracy of an answer against what people `given`, usually ten, as they typed it; in [0, 1].
+
+    For each person: a third for every one of the others who gave this answer, 1 at most; then the mean over all persons.
+    Answers are compared normalised, except where all people typed the same: then as typed, white space aside.
+    """
+    typed = [" ".join(other.split()) for other in given]
+    if len(set(typed)) > 1:
+        answer, typed = normalise_answer(answer), [normalise_answer(other) for other in typed]
+    same = typed.count(answer)
+    return sum(min((same - (other == answer)) / 3, 1.0) for other in typed) / len(typed)
+
+
 def count_answers(examples: Iterable[Example]) -> Counter[str]:
     """How many examples have each answer as their best one (the first of equals); class numbers are not counted."""
     counts: Counter[str] = Counter()

@@ -3,16 +3,20 @@ can the small model learn by heart what is there?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine.assembly import Parts, Task, assemble
 from engine.baselines import majority
 from engine.config import load
 from engine.cursor import Cursor
+from engine.evaluation import evaluate
 from engine.loop import Listener, Loop
 from engine.losses import ACCEPTED_IOU
+from engine.trained import Trained, load_trained
 from engine.validation import validate
 from pipelines.batch import Batch, RegionTarget
 from pipelines.loader import validation_batches
@@ -34,6 +38,13 @@ def learn(folder: Path, checkpoints: str, *overrides: str) -> Parts:
     parts = assemble(load(folder / "run.yaml", list(overrides)))
     assert Loop(parts, Cursor(), folder / checkpoints, Listener()).run()
     return parts
+
+
+def trained(folder: Path, checkpoints: str, tasks: Sequence[str] = TASKS) -> Trained:
+    """The same from its checkpoint."""
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / f"{checkpoints}.yaml").write_text(yaml.safe_dump({**run, "tasks": list(tasks)}))
+    return load_trained(max((folder / checkpoints).iterdir()), folder / f"{checkpoints}.yaml")
 
 
 def training_split(parts: Parts, task: Task) -> list[Batch]:
@@ -64,6 +75,10 @@ def test_real_captions_are_learned_by_heart(prepared: Prepared) -> None:
     rate = ["optimizer.base_lr=5e-4", "optimizer.head_lr=5e-4"]  # a task alone takes less than the five together
     parts = learn(prepared[0], "captions", f"tasks=[{RETRIEVAL}]", "max_iterations=90", *rate)
     assert accuracy(parts, RETRIEVAL) >= LEARNED
+    scores = evaluate(trained(prepared[0], "captions", [RETRIEVAL]), split="val")[RETRIEVAL]
+    assert (
+        scores.n == 60 and scores.score is not None and scores.score >= 0.8
+    )  # the right one of all photos, not of four
 
 
 @pytest.mark.slow
@@ -80,3 +95,8 @@ def test_all_that_real_photos_feed_is_learned_by_heart(prepared: Prepared) -> No
         examples = len(task.train.data)
         print(f"{name}: {examples} examples, training accuracy {scores[name]:.3f}, majority or chance {constant:.3f}")
     assert min(scores.values()) >= LEARNED, scores
+    found = evaluate(trained(folder, "all"), split="val")
+    print({name: task.metrics for name, task in found.items()})
+    for name in TASKS[1:]:
+        assert found[name].metrics.get("soft_accuracy", found[name].score) == pytest.approx(scores[name], abs=1e-6)
+    assert found[VQA_ON_BOTTOM_UP].score == pytest.approx(scores[VQA_ON_BOTTOM_UP], abs=1e-6)  # nobody was unanimous

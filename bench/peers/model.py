@@ -163,13 +163,17 @@ class _Encoder(nn.Module):
         self.v_stops = (0, *c.v_biattention_id, c.v_num_hidden_layers)
 
     def forward(self, text: Tensor, image: Tensor, text_bias: Tensor, image_bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The published schedule: text layers up to a bridge, image layers up to it, the bridge; then the rest."""
+        """The published schedule: text layers up to a bridge, image layers up to it, the bridge; then the rest.
+
+        One text and many images: the text is repeated in front of the first bridge (the published `fast_mode`, for retrieval).
+        """
         for k in range(len(self.c_layer) + 1):
             for layer in self.layer[self.t_stops[k] : self.t_stops[k + 1]]:
                 text = layer(text, text_bias)
             for layer in self.v_layer[self.v_stops[k] : self.v_stops[k + 1]]:
                 image = layer(image, image_bias)
             if k < len(self.c_layer):
+                text = text.expand(len(image), -1, -1)
                 image, text = self.c_layer[k](image, text, image_bias, text_bias)
         return text, image
 

@@ -76,21 +76,53 @@ class Bridge(FlatBlock):
         self.text_reads, self.image_reads = config.v_attention_probs_dropout_prob, config.attention_probs_dropout_prob
 
     def forward(
-        self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_rows: Rows,
+        image_rows: Rows,
+        random: Randomness,
+        projected: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(text [T, D], image [R, V]) of the same pairs -> both, updated from each other's inputs."""
-        return run(self, _BothSides(self, text_rows, image_rows, random), text, image)
+        """(text [T, D], image [R, V]) of the same pairs -> both, updated from each other's inputs.
+
+        `projected`: what `project_text` and `project_image` made of these rows, where that is known already. Only without
+        gradients, else ValueError: they would lack a part.
+        """
+        if projected is not None and torch.is_grad_enabled():
+            raise ValueError("projections that were made before have no gradients")
+        return run(self, _BothSides(self, text_rows, image_rows, random, projected), text, image)
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """[T, 3 * inner]: queries, keys and values of text rows [T, D], which depend on no image."""
+        return _projected(self.values(), "text", text)
+
+    def project_image(self, image: Tensor) -> Tensor:
+        """[R, 3 * inner]: those of region rows [R, V], which depend on no text."""
+        return _projected(self.values(), "image", image)
 
     def image_side(self, text: Tensor, image: Tensor, text_rows: Rows, image_rows: Rows, random: Randomness) -> Tensor:
         """The image output alone, [R, V]: what the text side would need (query2, key1, value1, …) is not computed."""
         return run(self, _ImageSide(self, text_rows, image_rows, random), text, image)
 
 
+def _projected(w: Fields, side: str, x: Tensor) -> Tensor:
+    """[rows, 3 * inner]: queries, keys and values of one side."""
+    return project(x, w[f"{side}_qkv"], w[f"{side}_qkv_bias"])
+
+
 class _BothSides:
     """Co-attention, then each stream's own projection and feed-forward."""
 
-    def __init__(self, bridge: Bridge, text_rows: Rows, image_rows: Rows, random: Randomness) -> None:
-        self.inner, self.heads = bridge.inner, bridge.heads
+    def __init__(
+        self,
+        bridge: Bridge,
+        text_rows: Rows,
+        image_rows: Rows,
+        random: Randomness,
+        projected: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.inner, self.heads, self.projected = bridge.inner, bridge.heads, projected
         self.rows = {"text": text_rows, "image": image_rows}
         self.text_reads = random.dropout(bridge.text_reads, slot=0)
         self.image_reads = random.dropout(bridge.image_reads, slot=1)
@@ -100,8 +132,8 @@ class _BothSides:
         }
 
     def forward(self, w: Fields, text: Tensor, image: Tensor) -> tuple[tuple[Tensor, Tensor], Any]:
-        text_qkv = project(text, w["text_qkv"], w["text_qkv_bias"]).split(self.inner, 1)
-        image_qkv = project(image, w["image_qkv"], w["image_qkv_bias"]).split(self.inner, 1)
+        projected = self.projected or (_projected(w, "text", text), _projected(w, "image", image))
+        text_qkv, image_qkv = (x.split(self.inner, 1) for x in projected)
         text_context, image_context, attended = coattention_forward(
             text_qkv, image_qkv, self.rows["text"], self.rows["image"], self.heads, self.text_reads, self.image_reads
         )

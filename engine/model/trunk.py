@@ -85,18 +85,39 @@ class Trunk(nn.Module):
         """Streams of the batch's pairs. `share=False` runs every pair on copies of its own (same numbers, more work)."""
         if not share:
             batch = unshared(batch)
-        c = self.config
         texts = Rows(batch.cu_texts, batch.token_ids.numel(), batch.max_text, batch.text_key)
         images = Rows(batch.cu_images, batch.features.shape[0], batch.max_image, batch.image_key)
+        text = self.text_alone(batch.token_ids, texts, batch.task_token is not None, random)
+        image = self.image_alone(batch.features, batch.boxes, images, random)
+        text, image, text_rows, image_rows = _paired(batch, text, image, texts, images)
+        return self.together(text, image, text_rows, image_rows, need, random)
+
+    def text_alone(self, token_ids: Tensor, rows: Rows, has_task_token: bool, random: Randomness) -> Tensor:
+        """[T, D]: texts before the first bridge, where no image is looked at."""
         at = self._at(random)
         with span(self.text_embedding.title):
-            text = self.text_embedding(batch.token_ids, texts, batch.task_token is not None, at(self.text_embedding))
-        with span(self.image_embedding.title):
-            image = self.image_embedding(batch.features, batch.boxes, images, at(self.image_embedding))
-        text = self._run(self.text_layers, 0, c.t_biattention_id[0], text, texts, at)
-        image = self._run(self.image_layers, 0, c.v_biattention_id[0], image, images, at)
-        text, image, text_rows, image_rows = _paired(batch, text, image, texts, images)
+            text = self.text_embedding(token_ids, rows, has_task_token, at(self.text_embedding))
+        return self._run(self.text_layers, 0, self.config.t_biattention_id[0], text, rows, at)
 
+    def image_alone(self, features: Tensor, boxes: Tensor, rows: Rows, random: Randomness) -> Tensor:
+        """[R, V]: images before the first bridge, where no text is read."""
+        at = self._at(random)
+        with span(self.image_embedding.title):
+            image = self.image_embedding(features, boxes, rows, at(self.image_embedding))
+        return self._run(self.image_layers, 0, self.config.v_biattention_id[0], image, rows, at)
+
+    def together(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_rows: Rows,
+        image_rows: Rows,
+        need: Need,
+        random: Randomness,
+        projected: tuple[Tensor, Tensor] | None = None,
+    ) -> Streams:
+        """Streams of pairs from what each of them was alone. `projected`: see `Bridge.forward`; of the first bridge."""
+        c, at = self.config, self._at(random)
         last = c.n_bridges - 1
         for k, bridge in enumerate(self.bridges):
             if k:
@@ -111,7 +132,8 @@ class Trunk(nn.Module):
                 if k == last and need is Need.REGIONS:
                     image = bridge.image_side(text, image, text_rows, image_rows, at(bridge))
                 else:
-                    text, image = bridge(text, image, text_rows, image_rows, at(bridge))
+                    given = None if k else projected
+                    text, image = bridge(text, image, text_rows, image_rows, at(bridge), given)
         first_only = need is Need.POOLED
         image = self._run(
             self.image_layers, c.v_biattention_id[last], c.v_num_hidden_layers, image, image_rows, at, first_only

@@ -75,3 +75,17 @@ def _annotated(path: Path) -> Iterator[tuple[int, tuple[SoftAnswers, str]]]:
 def _cached(path: Path) -> Iterator[tuple[int, tuple[SoftAnswers, str]]]:
     for record in cached_records(path):
         yield record.integer("question_id"), (cached_target(record), "")
+
+
+def people(annotations: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """Question id -> the answers that people gave, as they typed them: what the official accuracy asks for.
+
+    `annotations`: as of `read`. Raises `BadInput` naming file, record and key; a question without any answer is one.
+    """
+    given: dict[str, tuple[str, ...]] = {}
+    for path in annotations:
+        for record in record_of(open_json(path), path).records("annotations"):
+            answers = given[str(record.integer("question_id"))] = tuple(record.texts_under("answers", "answer"))
+            if not answers:
+                raise record.bad("nobody answered this question")
+    return given
