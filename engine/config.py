@@ -430,5 +430,5 @@ def config_hash(config: RunConfig) -> str:
     processes it is spread, and how.
     """
     told = config.model_dump(mode="json", exclude=set(MAY_CHANGE))
-    rows = [row.model_dump(mode="json") for row in load_tasks(config)[1]]
+    rows = [row.model_dump(mode="json", exclude={"evaluation"}) for row in load_tasks(config)[1]]
     return hashlib.sha256(json.dumps([told, rows], sort_keys=True).encode()).hexdigest()[:16]
