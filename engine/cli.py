@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
+    "experiment": ("engine.experiments.__main__", "train and compare the paper's systems; its tables and figures"),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
@@ -42,7 +43,7 @@ def entry() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: stopgo COMMAND ...", "", *lines, "", "stopgo COMMAND --help says more."])
 
 
