@@ -27,9 +27,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engine.experiments import listing, results, tables, timing
-from engine.experiments.driver import Outcome, train
-from engine.experiments.results import Results, collect
+from engine.experiments import results, tables, timing
+from engine.experiments.driver import Outcome, alone_in, train
+from engine.experiments.results import collect
 from engine.experiments.series import PLAN, Job, Series, read_plan
 from engine.experiments.systems import Catalogue, load_catalogue
 from engine.tasks import CONFIGS
@@ -89,27 +89,27 @@ def _experiment(arguments: argparse.Namespace, catalogue: Catalogue) -> int:
     if name is None:
         raise BadInput("NAME", "nothing to run", "stopgo experiment --list shows what there is")
     chosen = catalogue.chosen(name)
-    everything = series.jobs(dict.fromkeys(entry.system for entry in series.entries.values()))
     if arguments.tables:
-        found, unusable = collect(series, everything)
-        _write(series, found, unusable, name)
+        _write(series, {}, name)
         return 0
     jobs = series.jobs(chosen.systems, chosen.alone)
     series.check([job for job in jobs if job.seed == series.seeds[0]])
+    with alone_in(series.output):
+        return _train(arguments, series, planned, jobs, name)
+
+
+def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: Sequence[Job], name: str) -> int:
     at_once = _at_once(arguments)
     if arguments.minutes and not planned:
         cost = timing.measure(series, at_once)
         series = replace(series, iterations=timing.iterations_within(cost, jobs, arguments.minutes, at_once))
         told = sum(cost.run(job.entry.tasks, series.iterations) for job in jobs) / at_once / 60
-        _say(
-            f"{len(jobs)} runs, {at_once} at a time, {series.iterations} iterations of all tasks: about {told:.0f} min at most"
-        )
+        _say(f"{len(jobs)} runs, {at_once} at a time, {series.iterations} iterations: at most about {told:.0f} min")
     elif arguments.minutes:
         _say(f"going on with the {series.iterations} iterations of {series.output / PLAN}; --minutes is not read")
     series.save()
     outcome = train(series, jobs, at_once, _Teller(jobs))
-    found, unusable = collect(series, everything)
-    _write(series, found, {**unusable, **outcome.failed}, name)
+    _write(series, outcome.failed, name)
     if outcome.interrupted:
         _say("stopped and saved; the same command goes on")
         return EXIT_SAVED
@@ -186,11 +186,13 @@ def _weight(job: Job) -> int:
     return 1 + len(job.entry.tasks)
 
 
-def _write(series: Series, found: Results, failed: Mapping[str, str], name: str) -> None:
+def _write(series: Series, failed: Mapping[str, str], name: str) -> None:
     """`results.json`, tables and figures of all that is there; the table that was asked for, on the terminal."""
     from engine.experiments import figures  # matplotlib takes a second
     from engine.experiments.parameters import counted  # and torch more
 
+    found, unusable = collect(series, series.jobs(dict.fromkeys(entry.system for entry in series.entries.values())))
+    failed = {**unusable, **failed}
     series.output.mkdir(parents=True, exist_ok=True)
     results.save(series, found, failed)
     systems = list(dict.fromkeys(row.system for row in found.rows))
@@ -210,6 +212,8 @@ def _write(series: Series, found: Results, failed: Mapping[str, str], name: str)
 
 
 def _list(series: Series, as_json: bool) -> None:
+    from engine.experiments import listing  # reads data sheets, and so imports torch
+
     if as_json:
         print(json.dumps(listing.as_json(series), indent=1))
     else:

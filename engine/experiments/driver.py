@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from engine.experiments.series import Job, Series
 from engine.journal import EVENTS_FILE, read_rows
 from pipelines.errors import BadInput
 
+TRAIN = "engine.train"
+"""The module that trains a run."""
 EXIT_SAVED = 75  # of engine.train, which imports torch
 _POLL_SECONDS = 0.1
 
@@ -77,12 +80,16 @@ def finished(folder: Path) -> bool:
 def command(series: Series, job: Job) -> list[str]:
     """What trains a job: continues its run folder if there is a checkpoint in it, else starts it anew."""
     folder = series.folder(job.name)
-    train = [sys.executable, "-m", "engine.train"]
     if any((folder / "checkpoints").glob("iteration-*")):
-        return [*train, "--resume", str(folder)]
+        return trained("--resume", str(folder))
     shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint: nothing to continue from
     path, overrides = series.configuration(job)
-    return [*train, "--config", str(path), *overrides]
+    return trained("--config", str(path), *overrides)
+
+
+def trained(*arguments: str) -> list[str]:
+    """The command of a training process."""
+    return [sys.executable, "-m", TRAIN, *arguments]
 
 
 def start(arguments: Sequence[str], log: Path, threads: int | None) -> subprocess.Popen[bytes]:
@@ -172,6 +179,18 @@ def _fail(job: Job, why: str, outcome: Outcome, ended: Ended) -> None:
 def _last_complaint(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Two drivers must not train one series: each would take the other's unsaved runs for dead. Raises BadInput meanwhile."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(output, "another process trains this series", "wait for it, or stop it") from None
+        yield
 
 
 @contextmanager

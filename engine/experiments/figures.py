@@ -50,7 +50,7 @@ def figure1(found: Found) -> Drawn | None:
     axes.set_xticks(range(len(names)), [*map(found.title, found.tasks), "average"], rotation=35, ha="right",
                     rotation_mode="anchor", fontsize=9)  # fmt: skip
     axes.axvline(len(names) - 1.5, color="#d0d0d0", lw=1)
-    _percent(axes, "validation score, %")
+    _percent(axes, f"{found.split} score, %")
     title = "One model against twelve (paper Fig. 1)"
     return (
         _finish(figure, title, found),
@@ -61,7 +61,7 @@ def figure1(found: Found) -> Drawn | None:
 
 def figure2_right(found: Found) -> Drawn | None:
     """Mean score of each group over the gap, normalised as in the paper: over the sum of all gaps' scores."""
-    gaps = {found.series.base_config.stopgo.gap: ("all-tasks", None)}
+    gaps = {found.series.base_config.stopgo.gap: ("all-tasks", "")}
     gaps |= {
         int(entry.part): (entry.system, entry.part) for entry in found.series.entries.values() if entry.system == "gaps"
     }
@@ -136,7 +136,7 @@ def table6_bars(found: Found) -> Drawn | None:
     if not any(here.values()):
         return None
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2, sharey=True), ("paper, test", "here, validation"), strict=True):
+    for axes, what in zip(figure.subplots(1, 2, sharey=True), ("paper, test", f"here, {found.split}"), strict=True):
         values: Sequence[Estimate | None] = (
             [here[number] for number, _ in rows]
             if what.startswith("here")

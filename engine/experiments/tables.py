@@ -55,11 +55,18 @@ class Found:
         """What the numbers here are, in a sentence that tables and figures carry."""
         seeds = len(self.results.seeds())
         series = self.series
+        options = any(row.metric == "option_accuracy" for row in self.results.rows)
         return (
-            f"Here: {series.catalogue.model(series.model).what or series.model}; final validation scores, not test scores "
-            f"(retrieval: the right one of four options); {series.iterations} iterations of runs of several tasks, "
-            f"{seeds} {'seed' if seeds == 1 else 'seeds'}, ± is the 95 % interval of the mean."
+            f"Here: {series.catalogue.model(series.model).what or series.model}; {self.split} scores"
+            f"{' (retrieval: the right one of four options)' if options else ''}; {series.iterations} iterations of runs of "
+            f"several tasks; {seeds} {'seed' if seeds == 1 else 'seeds'}; ± is the 95 % interval of the mean."
         )
+
+    @property
+    def split(self) -> str:
+        """The split that scores are of, as people call it."""
+        splits = sorted({row.split for row in self.results.rows})
+        return " and ".join({"val": "validation"}.get(split, split) for split in splits) or "no"
 
 
 def table2(found: Found) -> Table:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.experiments.driver import start
+from engine.experiments.driver import start, trained
 from engine.experiments.series import Job, Series
 from engine.journal import EVENTS_FILE, METRICS_FILE, read_rows
 from pipelines.errors import BadInput
@@ -106,7 +105,7 @@ def _command(series: Series, run: Path, tasks: Sequence[str]) -> list[str]:
     given = [f"output={run}", "logging.console=plain", "logging.every=10", *series.overrides]
     given += [f"threads={series.threads}"] if series.threads else []
     given += [f"max_iterations={TRIAL_ITERATIONS}", f"tasks=[{', '.join(tasks)}]"]
-    return [sys.executable, "-m", "engine.train", "--config", str(series.base), *given]
+    return trained("--config", str(series.base), *given)
 
 
 def _step_seconds(run: Path) -> dict[str, float]:

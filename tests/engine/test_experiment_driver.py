@@ -256,6 +256,14 @@ def test_what_cannot_be_run_is_told_in_one_line(
     assert not FakeRun.started
 
 
+def test_two_drivers_do_not_train_one_series(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with driver.alone_in(tmp_path):
+        assert main(["all-tasks", "--base", str(small_data / "run.yaml"), "--output", str(tmp_path)]) == 2
+    assert "another process trains this series" in capsys.readouterr().err and not FakeRun.started
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -304,10 +312,11 @@ def test_too_few_minutes_are_told_with_those_that_would_do() -> None:
 
 
 @pytest.mark.slow
-def test_real_runs_whole_and_continued(small_data: Path, tmp_path: Path) -> None:
+def test_real_runs_whole_and_continued(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small runs by `engine.train` itself: a series that is stopped and continued gives the numbers of one that is not."""
+    monkeypatch.setattr(driver, "TRAIN", "tests.engine.small_train")
     series = make(small_data, tmp_path / "whole")
-    jobs = series.jobs(("all-tasks", "finetune-at"))
+    jobs = series.jobs(("all-tasks", "single-task"))
     assert len(train(series, jobs, 2).done) == 2 * (1 + TASKS)
     stopped = replace(series, output=tmp_path / "stopped")
 
@@ -322,7 +331,8 @@ def test_real_runs_whole_and_continued(small_data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_trial_measures_every_task(small_data: Path, tmp_path: Path) -> None:
+def test_the_trial_measures_every_task(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "TRAIN", "tests.engine.small_train")
     series = make(small_data, tmp_path)
     cost = timing.measure(series, 2)
     assert len(cost.steps) == TASKS and all(0 < seconds < 5 for seconds in cost.steps.values())
