@@ -109,7 +109,7 @@ def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: S
         _say(f"going on with the {series.iterations} iterations of {series.output / PLAN}; --minutes is not read")
     series.save()
     outcome = train(series, jobs, at_once, _Teller(jobs))
-    _write(series, outcome.failed, name)
+    _write(series, outcome.failed, "" if outcome.interrupted else name)
     if outcome.interrupted:
         _say("stopped and saved; the same command goes on")
         return EXIT_SAVED
@@ -187,7 +187,7 @@ def _weight(job: Job) -> int:
 
 
 def _write(series: Series, failed: Mapping[str, str], name: str) -> None:
-    """`results.json`, tables and figures of all that is there; the table that was asked for, on the terminal."""
+    """`results.json`, tables and figures of all that is there; the table that was asked for by `name`, on the terminal."""
     from engine.experiments import figures  # matplotlib takes a second
     from engine.experiments.parameters import counted  # and torch more
 
@@ -206,8 +206,9 @@ def _write(series: Series, failed: Mapping[str, str], name: str) -> None:
     drawn = figures.write_all(made, series.output / "figures")
     for row in failed.items():
         _say("failed: " + ": ".join(row))
-    shown = series.output / "tables" / f"{name if name in (*tables.TABLES, 'table1') else 'differences'}.md"
-    print(shown.read_text(encoding="utf-8"))
+    if name:
+        shown = series.output / "tables" / f"{name if name in (*tables.TABLES, 'table1') else 'differences'}.md"
+        print(shown.read_text(encoding="utf-8"))
     _say(f"{series.output}: results.json, {len(tables.TABLES)} tables, figures {', '.join(drawn) or 'none yet'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def write_run(folder: Path, config: object, done: bool = True) -> None:
         }
         for task in tasks
     ]
+    events += [{"iteration": at, "event": "validation", "task": task, "score": 0.4} for at in (3, 6) for task in tasks]
     events += [{"iteration": 6, "event": "end", "reason": "done"}] if done else []
     for name, rows in (("metrics", metrics), ("events", events)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,10 +188,14 @@ def test_processes_are_asked_to_save_once_and_waited_for(
 ) -> None:
     """Real processes here: each counts the signals that it gets."""
     program = (
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'a').write('asked '), time.sleep(0.2), sys.exit(75)))\n"
-        "open(sys.argv[1], 'a').write('ready ')\n"
-        "time.sleep(30)"
+        "import pathlib, signal, sys, time\n"
+        "said, asked = pathlib.Path(sys.argv[1]), []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: asked.append('asked '))\n"
+        "said.write_text('ready ')\n"
+        "while not asked: time.sleep(0.01)\n"
+        "time.sleep(0.2)\n"
+        "said.write_text('ready ' + ''.join(asked))\n"
+        "sys.exit(75)"
     )
     seen: list[Path] = []
 
@@ -229,10 +235,16 @@ def test_the_command_line_writes_results_tables_and_figures(
     lines = {(line["table"], line["row"]): line for line in json.loads(capsys.readouterr().out)}
     assert lines["table6", "4"]["status"] == "done" and lines["table6", "4"]["seeds"] == [0, 1]
     assert lines["table6", "1"]["status"] == "not run"
+    assert not (tmp_path / "figures" / "figure4.svg").exists()
+    assert main(["single-task", *arguments]) == 0  # length and seeds from the plan; and all-tasks, whose steps it wants
+    assert {path.name for path in (tmp_path / "figures").glob("*.svg")} == {
+        "figure1.svg", "figure2_left.svg", "figure4.svg", "table6.svg",
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "runs" / "all-tasks-seed1")
     FakeRun.behaviour = staticmethod(lambda name: 1 if name.endswith("seed1") else 0)
-    assert main(["all-tasks", *arguments]) == 1  # length and seeds from the plan
+    assert main(["all-tasks", *arguments]) == 1
     assert read_plan(tmp_path) is not None
-    assert json.loads((tmp_path / "results.json").read_text())["failed"][0]["run"] == "all-tasks-seed1"
+    assert json.loads((tmp_path / "results.json").read_text())["failed"][-1]["run"] == "all-tasks-seed1"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import json
 import math
 import statistics
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,16 @@ from matplotlib.patches import Rectangle
 from engine import student
 from engine.experiments import figures, tables
 from engine.experiments.compare import comparisons
+from engine.experiments.curves import curve
+from engine.experiments.overlap import table1
+from engine.experiments.paper import paper_table
 from engine.experiments.results import Estimate, Results, Row, combine, difference, estimate, mean
 from engine.experiments.series import Series
 from engine.experiments.systems import load_catalogue
 from engine.figures import save
+from engine.journal import EVENTS_FILE, METRICS_FILE, read_rows
+from pipelines.overlap_figure import percent
+from tests.pipelines import small_world
 
 CATALOGUE = load_catalogue()
 T3 = 4.302653  # 97.5 % quantile of Student's t with 2 degrees of freedom
@@ -228,6 +236,39 @@ def test_the_gap_is_normalised_over_gaps() -> None:
     for line in lines:
         assert np.array_equal(line.get_xdata(), [2, 4, 8, 16])
         assert np.allclose(np.asarray(line.get_ydata()), [0.2, 0.3, 0.3, 0.2])
+
+
+def test_curves_are_the_journal_over_the_steps_of_the_task(undisturbed: Callable[[str], Path]) -> None:
+    folder = undisturbed("float32")
+    found = curve(folder, "phrases")
+    rows = [row for row in read_rows(folder / METRICS_FILE) if row["task"] == "phrases"]
+    assert [tuple(point) for point in zip(*found.training, strict=True)] == [
+        (row["steps"], 100 * row["score"]) for row in rows
+    ]
+    at = {0: 0, **{row["iteration"]: row["steps"] for row in rows}}
+    events = [
+        row for row in read_rows(folder / EVENTS_FILE) if row["event"] == "validation" and row["task"] == "phrases"
+    ]
+    assert [score for _, score in zip(*found.validation, strict=True)] == [100 * row["score"] for row in events]
+    known = [(place, at[row["iteration"]]) for place, row in enumerate(events) if row["iteration"] in at]
+    assert known and all(found.validation[0][place] == steps for place, steps in known)
+    assert np.all(np.diff(found.validation[0]) >= 0) and found.validation[0][-1] == rows[-1]["steps"]
+
+
+def test_table_1_has_the_overlap_of_the_data_beside_the_paper(tmp_path: Path) -> None:
+    sheet = small_world.world() / "sheet.yaml"
+    table = table1(replace(series(tmp_path), overrides=(f"data={sheet}",)), tmp_path)
+    names = list(paper_table("table1").columns)
+    cells = {(names[y], names[x - 1]): str(row[x]) for y, row in enumerate(table.rows) for x in range(1, 13)}
+    tests = {example.images[0] for example in small_world.examples("flickr30k_retrieval", "test")}
+    shown = {image for split in ("train", "val") for e in small_world.examples("snli_ve", split) for image in e.images}
+    assert cells["flickr30k_retrieval", "snli_ve"] == f"{percent(100 * len(tests & shown) / len(tests))} (98)"
+    assert cells["visual7w", "visual_genome_qa"].endswith("(100)") and cells["nlvr2", "nlvr2"] == "0 (0)"
+    assert (
+        (tmp_path / "table1.svg").exists()
+        and (tmp_path / "table1.png").exists()
+        and (tmp_path / "table1.json").exists()
+    )
 
 
 def test_nothing_is_drawn_without_runs() -> None:
