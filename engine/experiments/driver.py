@@ -21,12 +21,16 @@ from types import FrameType
 
 from engine.config import RunConfig, config_hash, load
 from engine.experiments.series import Job, Series
-from engine.journal import EVENTS_FILE, read_rows
+from engine.journal import EVENTS_FILE, METRICS_FILE, read_rows
 from pipelines.errors import BadInput
 
 TRAIN = "engine.train"
 """The module that trains a run."""
 EXIT_SAVED = 75  # of engine.train, which imports torch
+_STOPPED = (EXIT_SAVED, 130, -signal.SIGTERM)
+"""Exit codes of a run that was asked to stop: saved, while it scored, before it listened."""
+_BEFORE_CONFIG = {".lock", METRICS_FILE, EVENTS_FILE}
+"""What a run that was killed while it began may leave."""
 _POLL_SECONDS = 0.1
 
 
@@ -56,6 +60,8 @@ def state_of(series: Series, job: Job) -> State:
     """Whether the job's run is there. Raises BadInput where its folder holds a run of another configuration."""
     folder = series.folder(job.name)
     if not (folder / "config.yaml").exists():
+        if folder.exists() and {path.name for path in folder.iterdir()} - _BEFORE_CONFIG:
+            raise BadInput(folder, "not a run folder, and in the way of one", "remove it, or take another --output")
         return State.NOT_RUN
     path, overrides = series.configuration(job)
     if _hash(load(folder / "config.yaml")) != _hash(load(path, overrides)):
@@ -114,7 +120,7 @@ def train(
     outcome says `interrupted`.
     """
     outcome, waiting, running = Outcome(), list(jobs), Running()
-    with _asked_to_stop() as asked:
+    with _asked_to_stop() as asked, _left_alone(running):
         while (waiting and not asked) or running:
             while not asked and len(running) < at_once and (job := _next(waiting, outcome)) is not None:
                 waiting.remove(job)
@@ -133,6 +139,17 @@ def train(
                     del running[name]
                     _end(series, job, process.returncode, outcome, ended)
     return outcome
+
+
+@contextmanager
+def _left_alone(running: Running) -> Iterator[None]:
+    """No run outlives a driver that breaks."""
+    try:
+        yield
+    except BaseException:
+        for _, process in running.values():
+            process.terminate()
+        raise
 
 
 def _give_up(waiting: list[Job], outcome: Outcome, ended: Ended) -> None:
@@ -164,8 +181,8 @@ def _end(series: Series, job: Job, code: int, outcome: Outcome, ended: Ended) ->
     if code == 0:
         outcome.done.append(job.name)
         ended(job, "done", outcome)
-    elif code == EXIT_SAVED and outcome.interrupted:
-        ended(job, "stopped and saved", outcome)
+    elif outcome.interrupted and code in _STOPPED:
+        ended(job, "stopped and saved" if code == EXIT_SAVED else "stopped", outcome)
     else:
         log = series.output / "runs" / f"{job.name}.log"
         _fail(job, f"exit code {code}: {_last_complaint(log)} (see {log})", outcome, ended)

@@ -175,6 +175,18 @@ def test_a_folder_with_another_run_is_refused(small_data: Path, tmp_path: Path) 
     assert not found.rows and len(unusable) == 2
 
 
+def test_a_folder_that_is_no_run_stays_as_it_is(small_data: Path, tmp_path: Path) -> None:
+    series = make(small_data, tmp_path)
+    job = series.jobs(["all-tasks"])[0]
+    folder = series.folder(job.name)
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    assert state_of(series, job) is State.NOT_RUN
+    (folder / "notes.txt").write_text("mine")
+    assert "in the way" in train(series, [job], 1).failed[job.name]
+    assert (folder / "notes.txt").read_text() == "mine" and not FakeRun.started
+
+
 def test_a_series_may_be_moved(small_data: Path, tmp_path: Path) -> None:
     series = make(small_data, tmp_path / "before")
     jobs = series.jobs(["finetune-at"])
