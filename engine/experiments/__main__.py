@@ -31,7 +31,7 @@ from engine.experiments import results, tables, timing
 from engine.experiments.driver import Outcome, alone_in, train
 from engine.experiments.results import collect
 from engine.experiments.series import PLAN, Job, Series, read_plan
-from engine.experiments.systems import Catalogue, load_catalogue
+from engine.experiments.systems import Catalogue, ModelRow, load_catalogue
 from engine.tasks import CONFIGS
 from pipelines.errors import BadInput
 
@@ -62,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="list every row of the paper with its experiment and status, and stop")
     add("--json", action="store_true", help="with --list: as JSON")
     add("--tables", action="store_true", help="train nothing: tables and figures of the runs that are there")
-    add("--model", default="tiny", help="row of configs/experiments/models.yaml: tiny (default), vilbert_6l_6c")
+    add(
+        "--model",
+        default="tiny",
+        help="row of configs/experiments/models.yaml: tiny (default), tiny_pretrained, vilbert_6l_6c",
+    )
     add(
         "--base", type=Path, metavar="RUN.yaml", help="run configuration that all runs override, instead of the model's"
     )
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--iterations", type=int, help="length of runs of several tasks (default: the base configuration's)"
     )
     add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: 3)")
-    add("--jobs", type=int, help="runs at a time (default: 1; tiny: one on each core, each with one CPU thread)")
+    add("--jobs", type=int, help="runs at a time (default: 1; tiny models: one on each core, each with one CPU thread)")
     add("--output", type=Path, help="folder of the series (default: runs/experiments/MODEL)")
     add("overrides", nargs="*", metavar="key=value", help="for every run, e.g. world.path=.world precision=bfloat16")
     return parser
@@ -99,11 +103,11 @@ def _experiment(arguments: argparse.Namespace, catalogue: Catalogue) -> int:
 
 
 def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: Sequence[Job], name: str) -> int:
-    at_once = _at_once(arguments)
+    at_once = _at_once(arguments, series.catalogue.model(series.model))
     if arguments.minutes and not planned:
-        cost = timing.measure(series, at_once)
+        cost = timing.measure(series, jobs, at_once)
         series = replace(series, iterations=timing.iterations_within(cost, jobs, arguments.minutes, at_once))
-        told = sum(cost.run(job.entry.tasks, series.iterations) for job in jobs) / at_once / 60
+        told = timing.seconds(cost, jobs, series.iterations, at_once) / 60
         _say(f"{len(jobs)} runs, {at_once} at a time, {series.iterations} iterations: at most about {told:.0f} min")
     elif arguments.minutes:
         _say(f"going on with the {series.iterations} iterations of {series.output / PLAN}; --minutes is not read")
@@ -132,11 +136,12 @@ def _series(arguments: argparse.Namespace, catalogue: Catalogue, overrides: tupl
         if value is not None and value <= 0:
             raise BadInput(f"--{flag} {value}", "must be above 0")
     model = catalogue.model(arguments.model)
+    at_once = _at_once(arguments, model)
     data = (f"data={arguments.data}",) if arguments.data else ()
     series = Series(
         catalogue, arguments.model, arguments.base or model.base, arguments.iterations or 0,
         tuple(range(arguments.seeds or 3)), arguments.output or Path("runs/experiments") / arguments.model,
-        (*data, *overrides), arguments.weights, threads=1 if _at_once(arguments) > 1 else None,
+        (*data, *overrides), arguments.weights, threads=1 if model.small or at_once > 1 else None,
     )  # fmt: skip
     plan = read_plan(series.output)
     if plan is None:
@@ -158,9 +163,9 @@ def _series(arguments: argparse.Namespace, catalogue: Catalogue, overrides: tupl
     return asked, True
 
 
-def _at_once(arguments: argparse.Namespace) -> int:
-    """Runs at a time: the tiny model's steps gain less from a second thread than from a second run."""
-    return arguments.jobs or (len(os.sched_getaffinity(0)) if arguments.model == "tiny" else 1)
+def _at_once(arguments: argparse.Namespace, model: ModelRow) -> int:
+    """Runs at a time: steps of a small model gain less from a second thread than from a second run."""
+    return arguments.jobs or (len(os.sched_getaffinity(0)) if model.small else 1)
 
 
 class _Teller:

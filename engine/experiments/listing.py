@@ -26,11 +26,13 @@ class Line:
     experiments: tuple[str, ...]
     """Names for `stopgo experiment NAME`."""
     status: str
-    """`not run`, `n of m runs done`, `done`, `needs data: …`, or `printed, not ours`."""
+    """`not run`, `n of m runs done`, `done`, `needs data`, `printed, not ours`, or what is wrong with a folder."""
     runs_done: int
     runs: int
     seeds: tuple[int, ...]
     """Those of which every run is done."""
+    lacking: tuple[str, ...] = ()
+    """Data sets that are not there."""
 
 
 def lines(series: Series) -> list[Line]:
@@ -66,7 +68,7 @@ def _line(
         jobs = [job for job in series.jobs(systems, alone) if job.entry.system in systems]
     except BadInput as error:
         return Line(name, row, label, systems, f"cannot be made: {error}", 0, 0, ())
-    missing = sorted({task for job in jobs for task in job.entry.tasks if task in lacking})
+    missing = tuple(sorted({task for job in jobs for task in job.entry.tasks if task in lacking}))
     for job in jobs:
         if job.name not in states:
             states[job.name] = _state(series, job)
@@ -75,8 +77,8 @@ def _line(
     status = "done" if len(done) == len(jobs) else f"{len(done)} of {len(jobs)} runs done" if done else "not run"
     damaged = next((str(states[job.name]) for job in jobs if not isinstance(states[job.name], State)), None)
     if missing and not done:
-        status = f"needs data: {', '.join(missing)}"
-    return Line(name, row, label, systems, damaged or status, len(done), len(jobs), whole)
+        status = "needs data"
+    return Line(name, row, label, systems, damaged or status, len(done), len(jobs), whole, missing)
 
 
 def _state(series: Series, job: Job) -> State | str:
@@ -109,6 +111,11 @@ def _there(sheet: Sheet, task: str, reader: str) -> bool:
         return False
 
 
+def _few(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f" ({', '.join(names[:2])}{more})" if names else ""
+
+
 def as_json(series: Series) -> list[dict[str, Any]]:
     """The lines as plain data."""
     return [asdict(line) for line in lines(series)]
@@ -123,7 +130,10 @@ def page(series: Series) -> Table:
     for line in lines(series):
         if before and line.table != before:
             table.add_section()
-        table.add_row(line.table if line.table != before else "", line.row, line.label if line.label != line.row else "",
-                      ", ".join(line.experiments) or "–", line.status, ", ".join(map(str, line.seeds)) or "–")  # fmt: skip
+        label = line.label if line.label != line.row else ""
+        seeds = ", ".join(map(str, line.seeds)) or "–"
+        made_by = ", ".join(line.experiments) or "–"
+        first = line.table if line.table != before else ""
+        table.add_row(first, line.row, label, made_by, line.status + _few(line.lacking), seeds)
         before = line.table
     return table

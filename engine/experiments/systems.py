@@ -84,6 +84,7 @@ class ModelRow(_Row):
     base: Path
     pretraining: Path | None = None
     starts_at: Literal["nothing", "pretraining"] = NOTHING
+    small: bool = False
     alone: Literal["like all-tasks"] | dict[str, int] = LIKE_ALL_TASKS
     what: str = ""
 

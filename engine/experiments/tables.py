@@ -245,5 +245,6 @@ def _rule(found: Found) -> str:
         return "A run of one task has 20 epochs of it."
     return (
         "A run of one task, from scratch or fine-tuned, takes as many steps as the all-tasks run of its seed gave that task, "
-        "with the same batch, rate of the trunk, warm-up share and decay."
+        "with the same batch, rate of the trunk, warm-up share and decay. So a trunk of one task gets the steps of that task "
+        "alone, and a trunk of all tasks those of all; the paper trains every task until it has converged."
     )

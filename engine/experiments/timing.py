@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import load
 from engine.experiments.driver import start, trained
 from engine.experiments.series import Job, Series
+from engine.experiments.systems import PRETRAINING
 from engine.journal import EVENTS_FILE, METRICS_FILE, read_rows
 from pipelines.errors import BadInput
 
@@ -38,6 +40,8 @@ class Cost:
     """The same of a run of one task."""
     spent: float
     """Of the trial itself."""
+    pretraining: float = 0.0
+    """The run that all others wait for, if there is one."""
 
     def run(self, tasks: Sequence[str], iterations: float) -> float:
         """A run of these tasks."""
@@ -51,43 +55,71 @@ def iterations_within(cost: Cost, jobs: Sequence[Job], minutes: float, at_once: 
 
     Raises BadInput where so few are left that nothing would be learnt.
     """
-    budget = (60 * minutes * (1 - RESERVE) - cost.spent) * at_once
+    jobs = [job for job in jobs if job.entry.system != PRETRAINING]
+    first = cost.spent + cost.pretraining
+    budget = (60 * minutes * (1 - RESERVE) - first) * at_once
     beside = sum(cost.run(job.entry.tasks, 0) for job in jobs)
     each = sum(cost.run(job.entry.tasks, 1) for job in jobs) - beside
     iterations = int((budget - beside) / each)
     if iterations < LEAST_ITERATIONS:
-        least = (cost.spent + (beside + LEAST_ITERATIONS * each) / at_once) / (1 - RESERVE) / 60
+        least = (first + (beside + LEAST_ITERATIONS * each) / at_once) / (1 - RESERVE) / 60
         what = f"{len(jobs)} runs would have {max(0, iterations)} iterations each, too few to learn anything"
         raise BadInput(f"--minutes {minutes:g}", what, f"give at least {math.ceil(least)}, fewer seeds or more --jobs")
     return iterations
 
 
-def measure(series: Series, at_once: int) -> Cost:
-    """Train all tasks, then one, for a few iterations, `at_once` times at once. Raises BadInput where that fails."""
+def seconds(cost: Cost, jobs: Sequence[Job], iterations: int, at_once: int) -> float:
+    """What the jobs take at most: stop-and-go only makes runs shorter."""
+    runs = [cost.run(job.entry.tasks, iterations) for job in jobs if job.entry.system != PRETRAINING]
+    return cost.pretraining + sum(runs) / at_once
+
+
+def measure(series: Series, jobs: Sequence[Job], at_once: int) -> Cost:
+    """Train all tasks, then one, for a few iterations, `at_once` times at once, and pretrain if one of the jobs does.
+
+    Raises BadInput where that fails.
+    """
     begun = time.monotonic()
     folder = series.output / "trial"
     shutil.rmtree(folder, ignore_errors=True)
     names = [row.name for row in series.rows]
-    wall, run = _trial(series, folder / "together", names, at_once)
+    wall, run = _trial(series, folder / "together", series.base, _tasks(names), at_once)
     steps, validation = _step_seconds(run), _validation_seconds(run)
     one = names[0]
-    wall_alone, run_alone = _trial(series, folder / "alone", [one], at_once)
+    wall_alone, run_alone = _trial(series, folder / "alone", series.base, _tasks([one]), at_once)
     alone = _step_seconds(run_alone)[one]
+    pretraining = (
+        _pretraining(series, folder / "pretraining") if any(job.entry.system == PRETRAINING for job in jobs) else 0.0
+    )
     cost = Cost(
         {task: seconds + validation[task] for task, seconds in steps.items()},
         max(0.0, wall - TRIAL_ITERATIONS * sum(steps.values())),
         max(0.0, wall_alone - TRIAL_ITERATIONS * alone),
         time.monotonic() - begun,
+        pretraining,
     )
     shutil.rmtree(folder, ignore_errors=True)
     return cost
 
 
-def _trial(series: Series, folder: Path, tasks: Sequence[str], at_once: int) -> tuple[float, Path]:
+def _pretraining(series: Series, folder: Path) -> float:
+    """The whole pretraining, from a few steps of it."""
+    path = series.catalogue.model(series.model).pretraining
+    assert path is not None  # `Series.check` has said so
+    wall, run = _trial(series, folder, path, [], 1)
+    step = sum(_step_seconds(run).values())
+    return wall + (load(path, list(series.overrides)).max_iterations - TRIAL_ITERATIONS) * step
+
+
+def _tasks(names: Sequence[str]) -> list[str]:
+    return [f"tasks=[{', '.join(names)}]"]
+
+
+def _trial(series: Series, folder: Path, config: Path, given: Sequence[str], at_once: int) -> tuple[float, Path]:
     """Wall seconds of the slowest, and the run folder of the first."""
     begun = time.monotonic()
     runs = [folder / str(number) for number in range(at_once)]
-    processes = [start(_command(series, run, tasks), run.with_suffix(".log"), series.threads) for run in runs]
+    processes = [start(_command(series, run, config, given), run.with_suffix(".log"), series.threads) for run in runs]
     try:
         codes = [process.wait() for process in processes]
     except BaseException:
@@ -101,11 +133,10 @@ def _trial(series: Series, folder: Path, tasks: Sequence[str], at_once: int) -> 
     return time.monotonic() - begun, runs[0]
 
 
-def _command(series: Series, run: Path, tasks: Sequence[str]) -> list[str]:
-    given = [f"output={run}", "logging.console=plain", "logging.every=10", *series.overrides]
-    given += [f"threads={series.threads}"] if series.threads else []
-    given += [f"max_iterations={TRIAL_ITERATIONS}", f"tasks=[{', '.join(tasks)}]"]
-    return trained("--config", str(series.base), *given)
+def _command(series: Series, run: Path, config: Path, given: Sequence[str]) -> list[str]:
+    shared = [f"output={run}", "logging.console=plain", "logging.every=10", *series.overrides]
+    shared += [f"threads={series.threads}"] if series.threads else []
+    return trained("--config", str(config), *shared, f"max_iterations={TRIAL_ITERATIONS}", *given)
 
 
 def _step_seconds(run: Path) -> dict[str, float]:

@@ -330,6 +330,14 @@ def test_the_length_fills_the_minutes(minutes: float, at_once: int, expected: in
     assert sum(COST.run(job.entry.tasks, found) for job in jobs) / at_once <= 60 * minutes * 0.92 - 20
 
 
+def test_pretraining_comes_off_the_minutes_first() -> None:
+    before = Job(Entry("pretraining", "", (), True, (), "nothing", False), 0, ())
+    jobs = [before, *jobs_of(("a", "b"), ("a",), ("b",))]
+    cost = replace(COST, pretraining=30.0)
+    assert iterations_within(cost, jobs, 2.1, 2) == 139  # (115.92 - 20 - 30) 2 = 20 + 0.8 n
+    assert timing.seconds(cost, jobs, 100, 2) == pytest.approx(30 + (20 + 80) / 2)
+
+
 def test_too_few_minutes_are_told_with_those_that_would_do() -> None:
     with pytest.raises(BadInput, match="give at least 1, fewer seeds"):
         iterations_within(COST, jobs_of(("a", "b"), ("a",)), 0.7, 1)
@@ -358,6 +366,6 @@ def test_real_runs_whole_and_continued(small_data: Path, tmp_path: Path, monkeyp
 def test_the_trial_measures_every_task(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "TRAIN", "tests.engine.small_train")
     series = make(small_data, tmp_path)
-    cost = timing.measure(series, 2)
+    cost = timing.measure(series, series.jobs(["all-tasks"]), 2)
     assert len(cost.steps) == TASKS and all(0 < seconds < 5 for seconds in cost.steps.values())
     assert cost.alone > 0 and cost.together > 0 and not (tmp_path / "trial").exists()
