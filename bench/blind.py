@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.seeds import interval, results, train
+from bench.seeds import results, train
+from engine.student import interval
 
 
 @dataclass(frozen=True)

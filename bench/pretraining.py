@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.blind import folder_of
-from bench.seeds import interval, results, train
+from bench.seeds import results, train
+from engine.student import interval
 
 RUNS = Path("configs/runs")
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.student import quantile
 from engine.journal import read_rows
 
 
@@ -43,10 +41,3 @@ def finished(folder: Path) -> bool:
 def results(folder: Path) -> dict[str, dict[str, float]]:
     """Final scores of a run by task: score, best, majority, blind."""
     return {row["task"]: row for row in read_rows(folder / "events.jsonl") if row["event"] == "result"}
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half-width of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return float("nan")
-    return quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5

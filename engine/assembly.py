@@ -313,17 +313,22 @@ def shared_answers(rows: tuple[TaskRow, ...], sheet: Sheet) -> dict[str, Answers
     return {head: answers for head, (_, answers) in found.items()}
 
 
+def head_specs(table: Table, rows: tuple[TaskRow, ...], answers: Mapping[str, Answers]) -> dict[str, HeadSpec]:
+    """Kind and size of each head that these rows need, pretraining's aside. `answers`: of each answer head."""
+    specs = {}
+    for row in rows:
+        head = table.head(row)
+        if head.kind != "masked":
+            outputs = len(answers[row.head]) if head.kind == "answers" else head.classes or 1
+            specs[row.head] = HeadSpec(head.kind, outputs)
+    return specs
+
+
 def build_model(
     config: RunConfig, table: Table, rows: tuple[TaskRow, ...], answers: dict[str, Answers], say: Callable[[str], None]
 ) -> ViLBERT:
     """The model with the heads that these rows need, and the weights that the run begins from."""
-    specs = {}
-    for row in rows:
-        head = table.head(row)
-        if head.kind == "masked":
-            continue
-        outputs = len(answers[row.head]) if head.kind == "answers" else head.classes or 1
-        specs[row.head] = HeadSpec(head.kind, outputs)
+    specs = head_specs(table, rows, answers)
     model = ViLBERT(config.model, specs, pretraining=any(row.loss == "masked" for row in rows))
     model.initialise(config.seed)
     if config.initial_text is not None:

@@ -11,6 +11,7 @@ COMMANDS = {
         "engine.evaluate",
         "score a checkpoint by each data set's official rule; result files for test servers",
     ),
+    "experiment": ("engine.experiments.__main__", "train and compare the paper's systems; its tables and figures"),
     "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "consistency": ("engine.consistency", "does it find what it answers questions about? (paper section 5)"),

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,6 +21,7 @@ from pipelines.errors import BadInput
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#8E4A9E", "#B8860B", "#56B4E9")
 """One colour per group, told apart by colour-blind readers too."""
 GREY, INK = "#9a9a9a", "#222222"
+_UNTIMED: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
@@ -49,8 +51,11 @@ class _Run:
     last: int
 
 
-def dsg_timeline(folder: Path) -> Path:
-    """Paper Fig. 2, left: one row per task over iterations, thick in go, thin in stop, a tick at each validation."""
+def dsg_timeline(folder: Path, path: Path | None = None) -> Path:
+    """Paper Fig. 2, left: one row per task over iterations, thick in go, thin in stop, a tick at each validation.
+
+    `path`: a .png or .svg to write to, instead of `dsg.png` of the run folder.
+    """
     run = _read(folder)
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(run.tasks)), layout="constrained")
     axes = figure.subplots()
@@ -68,7 +73,7 @@ def dsg_timeline(folder: Path) -> Path:
     axes.set_ylim(len(run.tasks) - 0.4, -0.6)
     axes.set_xlim(0, run.last)
     axes.tick_params(length=0, labelsize=9)
-    _plain(axes, ("bottom",))
+    plain(axes, ("bottom",))
     axes.grid(axis="x", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -80,7 +85,7 @@ def dsg_timeline(folder: Path) -> Path:
     ]
     figure.legend(handles=legend, loc="outside upper right", ncols=3, frameon=False, fontsize=8.5)
     figure.suptitle(f"Dynamic stop-and-go: {run.name}", x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, folder / "dsg.png")
+    return save(figure, path or folder / "dsg.png")
 
 
 def curves(folder: Path) -> Path:
@@ -102,7 +107,7 @@ def curves(folder: Path) -> Path:
     ]
     figure.legend(handles=legend, loc="outside upper right", ncols=4, frameon=False, fontsize=8.5)
     figure.suptitle(f"Learning curves: {run.name}", x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, folder / "curves.png")
+    return save(figure, folder / "curves.png")
 
 
 def scores(folder: Path) -> Path:
@@ -131,7 +136,7 @@ def scores(folder: Path) -> Path:
     axes.set_xlim(0, 106)
     axes.set_xticks(range(0, 101, 20))
     axes.tick_params(length=0, labelsize=9)
-    _plain(axes, ("left",))
+    plain(axes, ("left",))
     axes.grid(axis="x", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel("validation score, %", **STYLE)
@@ -141,7 +146,7 @@ def scores(folder: Path) -> Path:
     ]
     figure.legend(handles=legend, loc="outside upper right", ncols=2, frameon=False, fontsize=8.5)
     figure.suptitle(f"Scores: {run.name}", x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, folder / "scores.png")
+    return save(figure, folder / "scores.png")
 
 
 def _curve(axes: Axes, task: _Task, last: int) -> None:
@@ -165,14 +170,14 @@ def _curve(axes: Axes, task: _Task, last: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(length=2, labelsize=7.5)
     for panel in (axes, loss_axes):
-        _plain(panel, ("left", "bottom") if panel is axes else ())
+        plain(panel, ("left", "bottom") if panel is axes else ())
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _plain(axes: Axes, keep: tuple[str, ...]) -> None:
+def plain(axes: Axes, keep: tuple[str, ...]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in keep)
         spine.set_color("#b0b0b0")
@@ -205,8 +210,10 @@ def _read(folder: Path) -> _Run:
     return _Run(start["name"], list(tasks.values()), max(last, 1))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure atomically, as .png or .svg by its name, without the time of day: the same figure gives the same file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=150, facecolor="white", metadata={"Software": None})
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, dpi=150, facecolor="white", metadata=_UNTIMED[path.suffix])
     os.replace(temporary, path)
     return path

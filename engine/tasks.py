@@ -6,6 +6,7 @@ A new task is a row and a reader; no code knows task names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -154,10 +155,20 @@ class Table(_Row):
 
 
 def load_table(path: Path = TASKS_FILE, extra: Sequence[Path] = ()) -> Table:
-    """The table in `path`, and the rows that the files in `extra` add. Raises BadInput naming file and key."""
+    """The table in `path`, and the rows that the files in `extra` add. Raises BadInput naming file and key.
+
+    Kept until a file changes: a series of experiments loads hundreds of configurations, and this is most of their time.
+    """
+    files = (path, *extra)
+    return _load_table(files, tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files))
+
+
+@lru_cache(maxsize=16)
+def _load_table(files: tuple[Path, ...], changed: tuple[int, ...]) -> Table:
+    path = files[0]
     merged: dict[str, dict[str, Any]] = {"heads": {}, "tasks": {}}
     origins: dict[tuple[str, str], Path] = {}
-    for file in (path, *extra):
+    for file in files:
         for kind, rows in read_mapping(file).items():
             if kind not in merged:
                 raise BadInput(f"{file}: {kind}", "unknown key; valid are heads, tasks")

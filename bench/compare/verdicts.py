@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.student import quantile
+from engine.student import quantile
 
 ALARM, WHERE = 0.02, 0.05
 STEP, TASK, OP = "step", "task", "op"

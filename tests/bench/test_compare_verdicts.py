@@ -24,7 +24,7 @@ from bench.compare.verdicts import (
     of_starts,
     of_visits,
 )
-from bench.student import quantile
+from engine.student import quantile
 
 GATE = 0.03
 STARTS, TASKS, OPS = 8, 12, 11

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import blind, pretraining, seeds
+from engine import student
 
 
 def write_run(folder: Path, scores: dict[str, float], done: bool = True) -> None:
@@ -33,8 +34,8 @@ def test_a_run_that_fails_leaves_its_words(tmp_path: Path) -> None:
 
 
 def test_intervals_are_students() -> None:
-    assert seeds.interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-4)
-    assert seeds.interval([0.1]) != seeds.interval([0.1])
+    assert student.interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-4)
+    assert student.interval([0.1]) != student.interval([0.1])
 
 
 def test_gains_are_seed_by_seed(tmp_path: Path) -> None:

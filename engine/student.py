@@ -1,8 +1,10 @@
-"""Quantiles of Student's t, for any level: few values, and many rows that are judged together."""
+"""Quantiles of Student's t, for any level, and the interval of a mean of few values. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from functools import cache
 
 
@@ -21,6 +23,13 @@ def quantile(level: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
     return high
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half-width of the 95 % interval of the mean of these values; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    return quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _within(t: float, freedom: int) -> float:
