@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.assembly import data_spec
+from engine.images import Pictures
 from engine.tasks import LossKind, TaskRow
 from engine.trained import Trained
 from pipelines.batch import Batch
@@ -23,13 +23,8 @@ from pipelines.datasets import TaskData
 from pipelines.draft import Draft, filled
 from pipelines.errors import BadInput
 from pipelines.examples import BoxXYXY
-from pipelines.extract.detectors import Detector
-from pipelines.extract.run import Options, extract
-from pipelines.files import write_atomic
-from pipelines.identity import image_key
 from pipelines.packing import pack_texts, skeleton
 from pipelines.regions import Regions
-from pipelines.store.reader import FeatureStore
 
 PAIRS = 64
 """(text, image) pairs that go through the model at a time."""
@@ -49,16 +44,6 @@ class Answer:
     image), or of the annotated box."""
     box: BoxXYXY | None = None
     """Of a region, in pixels of the image."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images with their regions, all of one store."""
-
-    store: FeatureStore
-    keys: tuple[str, ...]
-    candidates: FeatureStore | None = None
-    """Annotated boxes, where the task chooses among these."""
 
 
 def ask(
@@ -81,55 +66,14 @@ def ask(
     for batch, boxes in _batches(trained, data):
         logits.append(trained.logits(batch))
         regions.append(boxes)
-    asked = _Asked(trained, row, tuple(texts), pictures, torch.cat(logits), regions[0], choices)
+    whole = torch.cat(logits)
+    if not whole.isfinite().all():
+        raise BadInput(
+            trained.path, f"its logits of {task} are not finite", "the weights are damaged: take another checkpoint"
+        )
+    asked = _Asked(trained, row, tuple(texts), pictures, whole, regions[0], choices)
     answers = _READ[row.loss](asked)
     return sorted(answers, key=lambda answer: -answer.logit)
-
-
-def stored(trained: Trained, task: str, names: Sequence[str]) -> Pictures:
-    """Images of the task's feature stores, by key or by any published name of it. Raises BadInput for one without features."""
-    row = trained.row(task)
-    trained.check_data()
-    entry = trained.sheet.entry(task)
-    keys = tuple(image_key(name) for name in names)
-    stores = [trained.sheet.store(path) for path in dict.fromkeys(entry.stores().values())]
-    best = max(stores, key=lambda store: sum(key in store for key in keys))
-    for name, key in zip(names, keys, strict=True):
-        if key not in best:
-            what = f"neither a picture file nor an image of {best.path}"
-            raise BadInput(f"--image {name}", what, f"such as {', '.join(best.keys()[:3])}; or a path to a picture")
-    if row.loss != "choices" or entry.candidates is None:
-        return Pictures(best, keys)
-    return Pictures(best, keys, trained.sheet.store(entry.candidates))
-
-
-def from_files(
-    trained: Trained, task: str, files: Sequence[Path], detector: Detector, folder: Path, boxes: Path | None = None
-) -> Pictures:
-    """Picture files through a detector, by way of a store in `folder` as `stopgo extract` would make it.
-
-    `boxes`: for tasks that choose among given boxes, JSON {image name: [[x1, y1, x2, y2], …]} in pixels. Raises BadInput.
-    """
-    row, width = trained.row(task), trained.config.model.v_feature_size
-    if detector.feature_dim != width:
-        what = f"describes regions by {detector.feature_dim} values, the model reads {width}"
-        raise BadInput("--detector", what, "take the detector that the model was trained with, and its weights")
-    if (row.loss == "choices") != (boxes is not None):
-        wanted = "chooses among given boxes" if row.loss == "choices" else "finds its regions itself"
-        raise BadInput("--boxes", f"{task} {wanted}", "name a JSON file" if row.loss == "choices" else "leave it out")
-    for file in files:
-        if not file.is_file():
-            raise BadInput(f"--image {file}", "no such file", "check the path")
-    listed = folder / "pictures.txt"
-    write_atomic(listed, "".join(f"{file.absolute()}\n" for file in dict.fromkeys(files)).encode())
-    keys = tuple(image_key(file.name) for file in files)
-    store = _extracted(listed, folder / "regions", detector, None)
-    return Pictures(store, keys, None if boxes is None else _extracted(listed, folder / "boxes", detector, boxes))
-
-
-def _extracted(listed: Path, target: Path, detector: Detector, boxes: Path | None) -> FeatureStore:
-    extract(listed, target, detector, "asked", Options(boxes=boxes, batch=1, decoder="pil"))
-    return FeatureStore(target)
 
 
 def _check(trained: Trained, row: TaskRow, texts: Sequence[str], pictures: Pictures) -> None:

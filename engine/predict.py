@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.asking import Answer, Pictures, ask, from_files, stored
+from engine.asking import Answer, ask
 from engine.house import check_imports
+from engine.images import Pictures, from_files, stored
 from engine.trained import Trained, load_trained
 from pipelines.errors import BadInput
 from pipelines.extract.detectors import DETECTORS, load_detector

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.asking import Pictures, ask, from_files, stored
+from engine.asking import ask
+from engine.images import Pictures, from_files, stored
 from engine.predict import main
 from engine.trained import Trained, load_trained
 from pipelines.errors import BadInput

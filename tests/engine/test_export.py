@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from engine.asking import Pictures, ask, stored
+from engine.asking import ask
 from engine.export import main
+from engine.images import Pictures, stored
 from engine.predict import main as predict
 from engine.trained import load_trained
 from pipelines.errors import BadInput
