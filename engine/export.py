@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def _fill(trained: Trained, run: Path | None, state: State, folder: Path) -> Non
     folder.mkdir()
     write_safetensors(state, folder / WEIGHTS)
     trained.tokenizer.save(folder)
+    shutil.copymode(folder / "vocab.txt", folder / WEIGHTS)  # which its writer lets nobody else read
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(trained))
     _write_json(folder / LABELS, labels(trained))
     # What the run began from and where it lay is nothing that can be found elsewhere.

@@ -29,12 +29,16 @@ def model_card(trained: Trained, run: Path | None) -> str:
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     # Markdown, not HTML: a table's cells must not hold a bar or a line's end, which `cell` sees to.
     environment = Environment(
-        loader=PackageLoader("engine", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("engine", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, percent=_percent)
     return environment.get_template("model_card.md").render(
         config=trained.config, tasks=tasks, parameters=parameters, first=next(iter(trained.rows.values())),
-        finished=bool(results), started=start is not None,
+        finished=next(iter(results.values()), None), started=start is not None, weights=trained.path.name,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from engine.figures import RunHistory, read_history
 from engine.journal import EVENTS_FILE, METRICS_FILE, read_rows
 from engine.report.charts import Curve, Timeline, colour, curves, timeline
+from pipelines.errors import BadInput
 
 Fact = tuple[str, str]
 
@@ -73,9 +74,10 @@ class JournalPage:
 
 
 def read_page(folder: Path) -> JournalPage:
-    """Of a run folder. Raises BadInput for one without a journal."""
-    history = read_history(folder)
+    """Of a run folder. Raises BadInput for one without a journal, or whose rows lack what they should have."""
     events, metrics = read_rows(folder / EVENTS_FILE), read_rows(folder / METRICS_FILE)
+    _check(events, metrics, folder)
+    history = read_history(folder)
     start = next(row for row in events if row["event"] == "start")
     results = tuple(_result(task) for task in history.tasks)
     scores = [result.score for result in results]
@@ -91,6 +93,39 @@ def read_page(folder: Path) -> JournalPage:
     )  # fmt: skip
 
 
+_NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
+    "start": {"name": (str,), "tasks": (list,)},
+    "validation": {"task": (str,), "score": (int, float)},
+    "decision": {"task": (str,), "state": (str,)},
+    "result": {"task": (str,), "score": (int, float)},
+}
+"""Columns of events without which nothing can be drawn, and their types."""
+
+
+def _check(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The rows are those of a journal: a folder may come from anywhere."""
+    tasks: set[str] = set()
+    for row in events:
+        wanted = {"t": (int, float), "event": (str,), **_NEEDED.get(str(row.get("event")), {})}
+        _check_row(row, wanted, folder / EVENTS_FILE)
+        for task in row["tasks"] if row["event"] == "start" else ():
+            _check_row(task, dict.fromkeys(("name", "title", "group"), (str,)), folder / EVENTS_FILE)
+            tasks.add(task["name"])
+    for row in metrics:
+        _check_row(row, {"task": (str,), "loss": (int, float, type(None))}, folder / METRICS_FILE)
+    for row in (*events, *metrics):
+        if "task" in row and tasks and row["task"] not in tasks:
+            raise BadInput(folder, f"its journal has rows of {row['task']!r}, which is no task of the run", _MEND)
+
+
+def _check_row(row: Any, wanted: Mapping[str, tuple[type, ...]], path: Path) -> None:
+    for key, kinds in wanted.items():
+        if not isinstance(row, dict) or not isinstance(row.get(key), kinds):
+            where = f"{path}: iteration {row['iteration']}" if isinstance(row, dict) and "iteration" in row else path
+            raise BadInput(where, f"a row whose {key!r} is missing or of another kind", _MEND)
+
+
+_MEND = "the files are of another program, or damaged"
 _STATES = {"done": "finished", "signal": "ended early, by a signal", "error": "ended with an error", None: "under way"}
 
 

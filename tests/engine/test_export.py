@@ -72,6 +72,7 @@ def test_the_files(exported: Path, run: Path) -> None:
 def test_the_model_card_has_the_scores_of_the_journal(exported: Path, run: Path) -> None:
     rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     card = (exported / "README.md").read_text()
+    assert "after iteration 12; these weights are its `iteration-0000012`" in " ".join(card.split())
     for row in (row for row in rows if row["event"] == "result"):
         line = next(line for line in card.splitlines() if line.startswith(f"| {row['task']} |") and "accuracy" in line)
         assert [cell.strip() for cell in line.split("|")[3:7]] == [

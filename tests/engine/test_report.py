@@ -267,6 +267,28 @@ def test_what_cannot_be_made(run: Path, more: tuple[str, ...], named: str, capsy
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "after", "named"),
+    [
+        ("events.jsonl", '"score": ', '"scored": ', "'score' is missing"),
+        ("events.jsonl", '"title": "pairs"', '"title": 3', "'title' is missing or of another kind"),
+        ("events.jsonl", '"event": "validation", ', "", "'event' is missing"),
+        ("events.jsonl", '"event": "validation", "task": "pairs"', '"event": "validation", "task": "x"', "no task of the run"),
+        ("metrics.jsonl", '"loss": ', '"loss": "much", "lost": ', "'loss' is missing"),
+    ],
+)  # fmt: skip
+def test_a_journal_of_something_else(
+    run: Path, tmp_path: Path, file: str, before: str, after: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("events.jsonl", "metrics.jsonl"):
+        content = (run / name).read_text()
+        assert before in content or name != file
+        (tmp_path / name).write_text(content.replace(before, after) if name == file else content)
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert main([str(tmp_path)]) == 2
