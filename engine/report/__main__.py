@@ -5,9 +5,9 @@ results, the stop-and-go timeline, learning curves, throughput, data overlap, co
 examples that the model gets right and wrong, with boxes, answers and retrieved images, and where the words of a text look.
 It opens without a network, has no script, and prints.
 
-Pictures come from --images DIR: image files, or a folder of them for each feature store, by the store's name. Without it
-from `images` beside the data sheet, as the embedded world has it. Where no file is found, regions are drawn on grey. A run
-whose data or checkpoints are not there any more has a page without pictures, which says so.
+Picture files come from --images DIR: from the folder in it that is named as the feature store (coco for coco.lmdb), else from
+DIR itself. Without it from `images` beside the data sheet, as the embedded world has it. Where no file is found, regions are
+drawn on grey. A run whose data or checkpoints are not there any more has a page without pictures, which says so.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _range(scores: Sequence[float]) -> tuple[float, float]:
         return 0.0, 100.0
     low, high = min(scores), max(scores)
     room = max(0.08 * (high - low), 1.0)
-    return low - room, high + room
+    return max(0.0, low - room), min(100.0, high + room)
 
 
 def _nice(low: float, high: float, count: int) -> list[float]:

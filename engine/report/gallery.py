@@ -23,6 +23,8 @@ WORDS = 6
 """Words of a text that are shown with where they look, at most."""
 EVEN = 3
 """A region is shaded in full from so many times an even share of a word's attention on: even attention stays pale."""
+SHADED = 12
+"""Regions that are shaded, the strongest ones: a detector's hundred lie over each other."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def look(trained: Trained, album: Album, row: TaskRow, example: Example) -> Look
     for place, piece in _words(trained, batch.token_ids.tolist(), first):
         shares = weights[place, 1:].tolist()
         full = max(*shares, EVEN / weights.shape[1])
-        shaded = tuple(Box(box, "look", share / full) for box, share in zip(boxes, shares, strict=True))
+        strongest = sorted(zip(shares, boxes, strict=True), reverse=True)[:SHADED]
+        shaded = tuple(Box(box, "look", share / full) for share, box in strongest)
         views.append(View(shown, shaded, caption=f"{piece}: {100 * max(shares):.0f} %"))
     return Look(row.title, example.text, tuple(views))
 

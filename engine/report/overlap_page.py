@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.trained import Trained
+from pipelines.errors import BadInput
 from pipelines.overlap import survey
 from pipelines.overlap_figure import percent
 from pipelines.progress import Show
@@ -32,7 +33,7 @@ class Overlap:
 
 
 def overlap(trained: Trained, show: Show) -> Overlap:
-    """Of the run's data sets. Raises BadInput as `pipelines.overlap.survey` does."""
+    """Of the run's data sets. Raises BadInput as `pipelines.overlap.survey` does, and where there is no test split."""
     trained.check_data()
     readers = {name: row.reader for name, row in trained.table.tasks.items()}
     names, done = list(trained.rows), 0
@@ -43,6 +44,8 @@ def overlap(trained: Trained, show: Show) -> Overlap:
         show("data overlap", min(done, 3 * len(names)), 3 * len(names))
 
     found = survey(trained.sheet, readers, names, on_split)
+    if not found.tests:
+        raise BadInput(trained.sheet.path, "no test split is there, so nothing can overlap with one")
     matrix = found.matrix()
     rows = tuple(
         (trained.rows[name].title, len(found.tests.get(name, ())), tuple(_cell(share) for share in shares.values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,10 @@ class Seen:
     @property
     def groups(self) -> list[tuple[str, list[TaskCards]]]:
         """Tasks by the paper's groups."""
-        return [(group, list(tasks)) for group, tasks in groupby(self.tasks, lambda task: task.row.group)]
+        groups: dict[str, list[TaskCards]] = {}
+        for task in self.tasks:
+            groups.setdefault(task.row.group, []).append(task)
+        return list(groups.items())
 
 
 def run_html(page: JournalPage, seen: Seen, overlap: Overlap | None, overlap_note: str) -> str:
