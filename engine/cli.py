@@ -7,21 +7,21 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("engine.train", "train a run configuration, or resume a run"),
-    "evaluate": (
-        "engine.evaluate",
-        "score a checkpoint by each data set's official rule; result files for test servers",
-    ),
+    "evaluate": ("engine.evaluate", "each data set's official rule, and result files for test servers"),
+    "predict": ("engine.predict", "ask a trained model about an image"),
+    "report": ("engine.report.__main__", "one HTML file that shows a run or an experiment, with pictures"),
     "experiment": ("engine.experiments.__main__", "train and compare the paper's systems; its tables and figures"),
-    "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
-    "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
     "consistency": ("engine.consistency", "does it find what it answers questions about? (paper section 5)"),
+    "export": ("engine.export", "a trained model as a folder to pass on: weights, tokenizer, labels, model card"),
+    "convert": ("engine.convert", "weights between checkpoints, .safetensors, .bin and ZeRO folders"),
+    "verify": ("engine.verify", "compare the model with a folder of golden numbers"),
     "check": ("pipelines.check", "check all data of a run or data sheet without training"),
     "clean": ("pipelines.clean", "find test images that data sets train on, and list them for removal"),
-    "doctor": ("engine.doctor.__main__", "what is wrong with this machine, or held a run back, and how to mend it"),
-    "world": ("pipelines.world.__main__", "build the embedded world"),
+    "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
     "extract": ("pipelines.extract.__main__", "images -> region features in a store, by a detector"),
     "mine": ("pipelines.mine.__main__", "mine hard negatives for retrieval"),
-    "features": ("pipelines.convert.__main__", "convert region features of other formats into a store"),
+    "world": ("pipelines.world.__main__", "build the embedded world"),
+    "doctor": ("engine.doctor.__main__", "what is wrong with this machine, or held a run back, and how to mend it"),
 }
 """Command, module, and what it does. Modules are imported when they are called, not before."""
 

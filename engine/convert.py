@@ -75,7 +75,7 @@ def convert(
     state = read(source, show, say)
     if not there:
         show("writing", 0, 1)
-        _write(FORMS[form], state, target)
+        write_whole(FORMS[form], state, target)
         show("writing", 1, 1)
     if verify:
         _compare(state, read(target, show, say), target, show)
@@ -104,8 +104,8 @@ def read(source: Path, show: Show, say: Callable[[str], None]) -> dict[str, Tens
     return state
 
 
-def _safetensors(state: State, path: Path) -> None:
-    """Tied tensors are written twice: the format knows no other way."""
+def write_safetensors(state: State, path: Path) -> None:
+    """A file. Tied tensors are written twice: the format knows no other way."""
     alone = _own_memory(state)
     if TIED in alone:
         alone[TIED] = alone[TIED].clone()
@@ -120,14 +120,14 @@ def _bin(state: State, path: Path) -> None:
 def _checkpoint(state: State, path: Path) -> None:
     """A checkpoint of no ranks: nothing of an optimizer, the cursor of a run that has not begun."""
     path.mkdir()
-    _safetensors(state, path / WEIGHTS)
+    write_safetensors(state, path / WEIGHTS)
     (path / CURSOR).write_text(Cursor().to_json())
     files = {name: fingerprint(path / name) for name in (WEIGHTS, CURSOR)}
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "world_size": 0, "files": files}, indent=1))
 
 
 FORMS: dict[str, Callable[[State, Path], None]] = {
-    "safetensors": _safetensors,
+    "safetensors": write_safetensors,
     "bin": _bin,
     "checkpoint": _checkpoint,
 }
@@ -141,8 +141,8 @@ def _own_memory(state: State) -> dict[str, Tensor]:
     return own | ({TIED: own[WORDS]} if TIED in own else {})
 
 
-def _write(form: Callable[[State, Path], None], state: State, target: Path) -> None:
-    """Under another name first; nothing half written ever bears the name asked for."""
+def write_whole(form: Callable[[State, Path], None], state: State, target: Path) -> None:
+    """Let `form` write a file or folder under another name first; nothing half written ever bears the name asked for."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         form(state, temporary)

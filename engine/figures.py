@@ -26,7 +26,7 @@ STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
 @dataclass
-class _Task:
+class TaskHistory:
     """What the journal says of one task."""
 
     name: str
@@ -45,9 +45,9 @@ class _Task:
 
 
 @dataclass
-class _Run:
+class RunHistory:
     name: str
-    tasks: list[_Task]
+    tasks: list[TaskHistory]
     last: int
 
 
@@ -56,7 +56,7 @@ def dsg_timeline(folder: Path, path: Path | None = None) -> Path:
 
     `path`: a .png or .svg to write to, instead of `dsg.png` of the run folder.
     """
-    run = _read(folder)
+    run = read_history(folder)
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(run.tasks)), layout="constrained")
     axes = figure.subplots()
     for row, task in enumerate(run.tasks):
@@ -90,7 +90,7 @@ def dsg_timeline(folder: Path, path: Path | None = None) -> Path:
 
 def curves(folder: Path) -> Path:
     """Small multiples: each task's validation score with its best, its training loss behind, stops shaded."""
-    run = _read(folder)
+    run = read_history(folder)
     columns = min(4, len(run.tasks))
     rows = -(-len(run.tasks) // columns)
     figure = Figure(figsize=(0.4 + 3.1 * columns, 0.6 + 2.1 * rows), layout="constrained")
@@ -115,7 +115,7 @@ def scores(folder: Path) -> Path:
 
     Raises BadInput where the run has not come to its results.
     """
-    run = _read(folder)
+    run = read_history(folder)
     done = [task for task in run.tasks if task.result]
     if not done:
         raise BadInput(folder / EVENTS_FILE, "no results yet", "let the run finish")
@@ -149,7 +149,7 @@ def scores(folder: Path) -> Path:
     return save(figure, folder / "scores.png")
 
 
-def _curve(axes: Axes, task: _Task, last: int) -> None:
+def _curve(axes: Axes, task: TaskHistory, last: int) -> None:
     loss_axes = axes.twinx()
     for start, end, state in task.bands(last):
         if state == "stop":
@@ -183,7 +183,7 @@ def plain(axes: Axes, keep: tuple[str, ...]) -> None:
         spine.set_color("#b0b0b0")
 
 
-def _read(folder: Path) -> _Run:
+def read_history(folder: Path) -> RunHistory:
     """Raises BadInput for a folder without journal files, or whose events lack the start of the run."""
     events, metrics = read_rows(folder / EVENTS_FILE), read_rows(folder / METRICS_FILE)
     start = next((row for row in events if row["event"] == "start"), None)
@@ -191,7 +191,7 @@ def _read(folder: Path) -> _Run:
         raise BadInput(folder / EVENTS_FILE, "no start event", "it is not the journal of a run")
     groups = list(dict.fromkeys(task["group"] for task in start["tasks"]))
     tasks = {
-        task["name"]: _Task(
+        task["name"]: TaskHistory(
             task["name"], task["title"], task["group"], PALETTE[groups.index(task["group"]) % len(PALETTE)]
         )
         for task in start["tasks"]
@@ -207,7 +207,7 @@ def _read(folder: Path) -> _Run:
         elif row["event"] == "result":
             tasks[row["task"]].result = row
     last = max((row["iteration"] for row in (*events, *metrics)), default=0)
-    return _Run(start["name"], list(tasks.values()), max(last, 1))
+    return RunHistory(start["name"], list(tasks.values()), max(last, 1))
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -123,6 +123,7 @@ class Reporter(Listener):
         self.console.finish(rows)
         for figure in (figures.dsg_timeline(folder), figures.curves(folder), figures.scores(folder)):
             self.console.message(f"figure {figure}")
+        self.console.message(f"all of it on one page, with pictures: stopgo report {folder}")
 
     def _parts(self, task: str, values: Sequence[float]) -> dict[str, float]:
         return dict(zip(LOSS_PARTS.get(self.parts.tasks[task].row.loss, ()), values, strict=True))

@@ -77,6 +77,7 @@ class HeadRow(_Row):
         None, description="match: (text, image) pairs that compete; the sampler makes four"
     )
     classes: int | None = Field(None, ge=2, description="classes, paired_classes: how many")
+    labels: tuple[str, ...] | None = Field(None, description="classes, paired_classes: their names, in order")
 
     @model_validator(mode="after")
     def _sizes_fit_kind(self) -> Self:
@@ -84,7 +85,13 @@ class HeadRow(_Row):
         for size in ("options", "classes"):
             if (getattr(self, size) is not None) != (size == wanted):
                 raise ValueError(f"a head of kind {self.kind} {'needs' if size == wanted else 'has no'} {size}")
+        if self.labels is not None and len(self.labels) != (self.classes or 0):
+            raise ValueError(f"{len(self.labels)} labels for {self.classes or 0} classes")
         return self
+
+    def label(self, index: int) -> str:
+        """What people call a class: its name, or its number where the table has no names."""
+        return str(index) if self.labels is None else self.labels[index]
 
 
 class TaskRow(_Row):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import checkpoint
+from engine import checkpoint, exported
 from engine.assembly import (
     DTYPES,
     build_model,
@@ -78,12 +78,18 @@ class Trained:
         """
         if (task, split) not in self._data:
             row = self.row(task)
+            self.check_data()
             removed = self._test_images().keys(task, split) if split != "test" else frozenset()
             self._data[task, split] = load_task(
                 data_spec(row, self.table.head(row)), self.sheet, split, self.tokenizer,
                 answers=self.answers.get(row.head), removed=removed,
             )  # fmt: skip
         return self._data[task, split]
+
+    def check_data(self) -> None:
+        """Raises BadInput for an exported model, which came without a data sheet."""
+        if not self.sheet.sets:
+            raise BadInput(self.path, "an exported model, which has no data sets with it", "name some: data=SHEET.yaml")
 
     def batches(self, data: TaskData, blind: bool = False, max_examples: int | None = None) -> Iterator[Batch]:
         """The split in its own order, packed as validation packs it, on the host. `blind`: region features zeroed."""
@@ -112,12 +118,18 @@ def load_trained(
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda message: None,
 ) -> Trained:
-    """The model of a run folder (its newest checkpoint that verifies), of one checkpoint of it, or of a file of weights.
+    """The model of a run folder (its newest checkpoint that verifies), of one checkpoint of it, of an exported folder, or of a
+    file of weights.
 
+    An exported folder needs no data to be asked, and has none unless `overrides` name `data`.
     `config`: the run configuration, which a file of weights needs and a run brings along; `overrides`: `key=value`, of what
     changes no weights (`data`, `device`, `threads`, `precision`, `kernels`, …). Raises BadInput.
     """
-    configuration = load(config or _config_of(source), [*overrides, *_nothing_to_begin_from()])
+    alone = config is None and exported.is_exported(source)
+    if alone:
+        exported.verify(source)
+    moved = exported.overrides(source) if alone else []
+    configuration = load(config or _config_of(source), [*overrides, *_nothing_to_begin_from(), *moved])
     for override in overrides:
         key = override.split("=", 1)[0]
         if key.split(".")[0] not in _CHANGEABLE:
@@ -126,8 +138,12 @@ def load_trained(
     device = device_of(configuration)
     use_kernels(configuration, device, lambda message: None)
     path, state = _weights(source, say)
-    sheet = load_sheet(sheet_path(configuration, lambda message: None), [row.name for row in rows])
-    answers = shared_answers(rows, sheet)
+    if alone and not any(override.startswith("data=") for override in overrides):
+        sheet = exported.no_data(source)
+    else:
+        sheet = load_sheet(sheet_path(configuration, lambda message: None), [row.name for row in rows])
+    heads = {row.head: table.head(row).kind for row in rows}
+    answers = exported.answers(source, heads) if alone else shared_answers(rows, sheet)
     model = build_model(configuration, table, rows, answers, lambda message: None)
     load_published(model, state, path)
     model = model.to(device, DTYPES[configuration.precision]).eval()
@@ -148,6 +164,8 @@ def run_folder(source: Path) -> Path | None:
 def _config_of(source: Path) -> Path:
     if not source.exists():
         raise BadInput(source, "no such run, checkpoint or file of weights")
+    if exported.is_exported(source):
+        return source / exported.RUN
     folder = run_folder(source)
     if folder is None:
         raise BadInput(source, "weights alone, without the configuration of a run", "name it with --config RUN.yaml")
@@ -165,5 +183,7 @@ def _weights(source: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, 
         for line in refused:
             say(f"checkpoint refused: {line}")
         return path, checkpoint.weights(path)
+    if exported.is_exported(source):
+        return source, read_state(source / exported.WEIGHTS)
     ours = (source / "manifest.json").is_file()
     return source, checkpoint.weights(source) if ours else read_state(source)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pipelines.errors import BadInput
-from pipelines.files import lines
+from pipelines.files import lines, write_atomic
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHUNK = 8192  # texts per call: bounds the memory of the tokenizer's own result objects
@@ -68,3 +68,12 @@ class WordPiece:
         unseen = {self.cls, self.sep, self.pad}
         text: str = self._tokenizer.decode([int(i) for i in ids if int(i) not in unseen], skip_special_tokens=False)
         return text
+
+    def save(self, folder: Path) -> None:
+        """Write `vocab.txt`, and `tokenizer.json`, which the `tokenizers` library reads, [CLS] and [SEP] put around a text."""
+        vocabulary = self._tokenizer.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        write_atomic(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens).encode())
+        wrapping = Tokenizer.from_str(self._tokenizer.to_str())
+        wrapping.post_processor = processors.BertProcessing((SEP, self.sep), (CLS, self.cls))
+        write_atomic(folder / "tokenizer.json", wrapping.to_str(pretty=True).encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.figures import PALETTE, _read, curves, dsg_timeline, scores
+from engine.figures import PALETTE, curves, dsg_timeline, read_history, scores
 from engine.journal import EVENTS_FILE, Journal
 from engine.stopgo import ReferenceController
 from engine.tasks import load_table
@@ -78,7 +78,7 @@ def test_bands_follow_the_decisions(tmp_path: Path) -> None:
         for iteration, state in ((20, "stop"), (50, "go"), (90, "stop")):
             journal.event("decision", iteration, task="a", state=state)
         journal.metrics(100, task="a", loss=math.nan)
-    run = _read(tmp_path)
+    run = read_history(tmp_path)
     assert run.tasks[0].bands(run.last) == [(0, 20, "go"), (20, 50, "stop"), (50, 90, "go"), (90, 100, "stop")]
     assert run.tasks[0].losses == []
 
