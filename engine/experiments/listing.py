@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,46 +39,49 @@ def lines(series: Series) -> list[Line]:
     """All rows, in the paper's order. The runs that a system needs from others are not counted with it."""
     states: dict[str, State | str] = {}
     lacking = _lacking(series)
-    found = []
-    for name, experiment in series.catalogue.experiments.items():
-        if not experiment.listed:
-            continue
-        for row, label in _labels(name, tuple(experiment.rows)).items():
-            found.append(
-                _line(series, name, row, label, experiment.rows.get(row, ()), experiment.alone, states, lacking)
-            )
-    return found
+    return [
+        _line(series, (name, row, label), experiment.rows.get(row, ()), experiment.alone, states, lacking)
+        for name, experiment in series.catalogue.experiments.items()
+        if experiment.listed
+        for row, label in _labels(name, experiment.rows).items()
+    ]
 
 
-def _labels(name: str, rows: tuple[str, ...]) -> Mapping[str, str]:
-    """Every printed row of a table, those of others too; of a figure its parts."""
-    if name == "table1" or not (PAPER / f"{name}.yaml").exists():
+def _labels(name: str, rows: Iterable[str]) -> dict[str, str]:
+    """Every printed row of a table, those of others too; of a figure, or of columns, what the experiment names."""
+    if not (PAPER / f"{name}.yaml").exists():
         return {row: row for row in rows}
     printed = {row: value.label for row, value in paper_table(name).rows.items()}
-    return {**({} if set(rows) - printed.keys() else printed), **{row: printed.get(row, row) for row in rows}}
+    return printed if set(rows) <= printed.keys() else {row: row for row in rows}
 
 
 def _line(
-    series: Series, name: str, row: str, label: str, systems: tuple[str, ...], alone: tuple[str, ...],
+    series: Series, place: tuple[str, str, str], systems: tuple[str, ...], alone: tuple[str, ...],
     states: dict[str, State | str], lacking: set[str],
 ) -> Line:  # fmt: skip
     if not systems:
-        return Line(name, row, label, (), "printed, not ours", 0, 0, ())
+        return Line(*place, (), "printed, not ours", 0, 0, ())
     try:
         jobs = [job for job in series.jobs(systems, alone) if job.entry.system in systems]
     except BadInput as error:
-        return Line(name, row, label, systems, f"cannot be made: {error}", 0, 0, ())
-    missing = tuple(sorted({task for job in jobs for task in job.entry.tasks if task in lacking}))
+        return Line(*place, systems, f"cannot be made: {error}", 0, 0, ())
     for job in jobs:
         if job.name not in states:
             states[job.name] = _state(series, job)
     done = [job for job in jobs if states[job.name] is State.DONE]
     whole = tuple(seed for seed in series.seeds if all(job in done for job in jobs if job.seed == seed))
-    status = "done" if len(done) == len(jobs) else f"{len(done)} of {len(jobs)} runs done" if done else "not run"
+    missing = tuple(sorted({task for job in jobs for task in job.entry.tasks} & lacking))
     damaged = next((str(states[job.name]) for job in jobs if not isinstance(states[job.name], State)), None)
-    if missing and not done:
-        status = "needs data"
-    return Line(name, row, label, systems, damaged or status, len(done), len(jobs), whole, missing)
+    status = damaged or _status(len(done), len(jobs), bool(missing))
+    return Line(*place, systems, status, len(done), len(jobs), whole, missing)
+
+
+def _status(done: int, runs: int, lacking: bool) -> str:
+    if done == runs:
+        return "done"
+    if done:
+        return f"{done} of {runs} runs done"
+    return "needs data" if lacking else "not run"
 
 
 def _state(series: Series, job: Job) -> State | str:
