@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,25 @@ def test_logits_that_are_not_finite_name_the_task(folder: Path, task: str, value
         torch.nn.init.constant_(parameter, value)
     with pytest.raises(BadInput, match=rf"task {task}, val: .*not finite"):
         evaluate(trained, [task], "val")
+
+
+@pytest.mark.parametrize("task", ["answers", "phrases", "pairs"])
+def test_without_published_answers_the_file_is_the_same_and_there_is_no_score(
+    folder: Path, found: tuple[dict[str, TaskScores], Path], tmp_path: Path, task: str
+) -> None:
+    hidden = load_trained(folder)
+    hidden._data[task, "val"] = replace(hidden.data(task, "val"), target=None)
+    assert evaluate(hidden, [task], "val", tmp_path) == {task: TaskScores(None, {}, {}, 40, "val")}
+    name = f"{task}_val.jsonl"
+    answered = [{k: v for k, v in row.items() if k != "iou"} for row in lines(found[1] / name)]
+    assert lines(tmp_path / name) == answered
+
+
+def test_options_that_nobody_names_cannot_be_chosen_from(folder: Path) -> None:
+    hidden = load_trained(folder)
+    hidden._data["pointing", "val"] = replace(hidden.data("pointing", "val"), target=None)
+    with pytest.raises(BadInput, match="task pointing, val: .*no boxes to choose from"):
+        evaluate(hidden, ["pointing"], "val")
 
 
 def test_what_cannot_be_evaluated(trained: Trained) -> None:

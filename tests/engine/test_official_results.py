@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from engine.assembly import build_model, shared_answers
 from engine.config import load, load_tasks
-from engine.evaluation import TaskScores, evaluate
+from engine.evaluation import TaskScores, evaluate, rules
 from engine.model.published import export_published
 from engine.trained import Trained, load_trained
 from pipelines.errors import BadInput
@@ -198,6 +198,12 @@ def test_a_split_without_answers_has_a_result_file_and_no_score(trained: Trained
         answered, hidden = (folder / split / name.format(split) for split in ("val", "test"))
         assert answered.read_bytes() == hidden.read_bytes()
     assert json.loads((folder / "test" / "scores.json").read_text())["tasks"]["open"]["score"] is None
+
+
+def test_a_question_without_its_answers_is_named(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_people", lambda trained, data: {"0": ("yes",)})
+    with pytest.raises(BadInput, match="task open, val: question 1: the annotations lack its answers"):
+        evaluate(trained, ["open"], "val")
 
 
 def test_question_ids_that_the_server_does_not_know(trained: Trained, folder: Path, tmp_path: Path) -> None:
