@@ -80,7 +80,7 @@ def figure2_right(found: Found) -> Drawn | None:
     for place, group in enumerate(groups):
         scores = [at(gap, group) for gap in there]
         total = combine(lambda *values: sum(values), *scores)
-        shares = [estimate(combine(lambda a, b: a / b, score, total), 1.0) for score in scores]
+        shares = [estimate(combine(lambda a, b: a / b if b else np.nan, score, total), 1.0) for score in scores]
         means = np.array([share.mean if share else np.nan for share in shares])
         whole = group == "average"
         axes.plot(there, means, marker="o", ms=4, lw=2.4 if whole else 1.4,
@@ -94,7 +94,10 @@ def figure2_right(found: Found) -> Drawn | None:
     plain(axes, ("left", "bottom"))
     axes.legend(frameon=False, fontsize=8.5)
     title = "The gap of stop-and-go (paper Fig. 2, right)"
-    caption = f"Mean score of each group, normalised over the gaps, mean over seeds; shaded: 95 % interval of all tasks. The paper gives no numbers. {found.what()}"
+    caption = (
+        "Mean score of each group, normalised over the gaps, mean over seeds; shaded: 95 % interval of all tasks. The paper "
+        f"gives no numbers. {found.what()}"
+    )
     return _finish(figure, title, found), title, caption
 
 
