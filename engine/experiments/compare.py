@@ -32,6 +32,8 @@ class Comparison:
             return f"{self.of} against {self.against}: not run."
         size = f"{abs(found.mean):.1f} ± {found.half:.1f}" if found.seeds > 1 else f"{abs(found.mean):.1f}"
         side = f"{'ahead of' if found.mean > 0 else 'behind'} {self.against} by {size} points"
+        if found.mean == 0:
+            side = f"level with {self.against}"
         said = f"Here {self.of} is {side} on average (paper: {self.paper:+.2f})"
         return f"{said}; {self._verdict(found)}."
 

@@ -80,17 +80,24 @@ def figure2_right(found: Found) -> Drawn | None:
     for place, group in enumerate(groups):
         scores = [at(gap, group) for gap in there]
         total = combine(lambda *values: sum(values), *scores)
-        shares = [estimate(combine(lambda a, b: a / b, score, total), 1.0) for score in scores]
+        shares = [estimate(combine(lambda a, b: a / b if b else np.nan, score, total), 1.0) for score in scores]
+        means = np.array([share.mean if share else np.nan for share in shares])
         whole = group == "average"
-        axes.plot(there, [share.mean if share else np.nan for share in shares], marker="o", ms=4, lw=2.4 if whole else 1.4,
+        axes.plot(there, means, marker="o", ms=4, lw=2.4 if whole else 1.4,
                   color=INK if whole else PALETTE[place % len(PALETTE)], label="all tasks" if whole else group)  # fmt: skip
+        if whole and all(share and share.seeds > 1 for share in shares):  # the interval of one line is enough to read
+            half = np.array([share.half if share else np.nan for share in shares])
+            axes.fill_between(there, means - half, means + half, color=INK, alpha=0.12, lw=0)
     axes.set_xlabel("gap Δ: a stopped task is updated every Δ-th iteration", fontsize=9, color=INK)
     axes.set_ylabel("score over the sum of all gaps' scores", fontsize=9, color=INK)
     axes.set_xticks(there)
     plain(axes, ("left", "bottom"))
     axes.legend(frameon=False, fontsize=8.5)
     title = "The gap of stop-and-go (paper Fig. 2, right)"
-    caption = f"Mean score of each group, normalised over the gaps, mean over seeds. The paper gives no numbers. {found.what()}"
+    caption = (
+        "Mean score of each group, normalised over the gaps, mean over seeds; shaded: 95 % interval of all tasks. The paper "
+        f"gives no numbers. {found.what()}"
+    )
     return _finish(figure, title, found), title, caption
 
 

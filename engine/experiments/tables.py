@@ -119,7 +119,10 @@ def table3(found: Found) -> Table:
 def _change(found: Found, task: str, together: Sequence[str]) -> dict[int, float]:
     system = "pairs" if len(together) == 2 else "triples"
     several = found.results.of(system, task, ".".join(together))
-    return combine(lambda a, b: 100 * (a / b - 1), several, found.results.of("single-task", task))
+    alone = {
+        seed: score for seed, score in found.results.of("single-task", task).items() if score
+    }  # of 0 there is no share
+    return combine(lambda a, b: 100 * (a / b - 1), several, alone)
 
 
 def table4(found: Found) -> Table:
