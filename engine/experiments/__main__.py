@@ -11,7 +11,8 @@ OUTPUT/runs/NAME-seedK. Finished runs are not repeated, and a stopped series goe
     stopgo experiment table2 --model vilbert_6l_6c --data configs/data/published.yaml --weights pretrained.bin
     stopgo experiment table2 --tables                              # tables and figures of the runs that are there, no training
 
-Writes OUTPUT/results.json (a row per task and run), OUTPUT/tables/*.{md,csv,json}, OUTPUT/figures/*.{png,svg}.
+Writes OUTPUT/results.json (a row per task and run), OUTPUT/tables/*.{md,csv,json}, OUTPUT/figures/*.{png,svg}, and
+OUTPUT/report.html, a page with all of these and with pictures (`stopgo report OUTPUT` makes it again).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _experiment(arguments: argparse.Namespace, catalogue: Catalogue) -> int:
     chosen = catalogue.chosen(name)
     if arguments.tables:
         _write(series, {}, name)
-        return 0
+        return _report(series)
     jobs = series.jobs(chosen.systems, chosen.alone)
     series.check([job for job in jobs if job.seed == series.seeds[0]])
     with alone_in(series.output):
@@ -117,7 +118,7 @@ def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: S
     if outcome.interrupted:
         _say("stopped and saved; the same command goes on")
         return EXIT_SAVED
-    return 1 if outcome.failed else 0
+    return _report(series) or (1 if outcome.failed else 0)
 
 
 def _name_and_overrides(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, ...]]:
@@ -215,6 +216,13 @@ def _write(series: Series, failed: Mapping[str, str], name: str) -> None:
         shown = series.output / "tables" / f"{name if name in (*tables.TABLES, 'table1') else 'differences'}.md"
         print(shown.read_text(encoding="utf-8"))
     _say(f"{series.output}: results.json, {len(tables.TABLES)} tables, figures {', '.join(drawn) or 'none yet'}")
+
+
+def _report(series: Series) -> int:
+    """The page with all tables and figures, and pictures of what one of the runs says."""
+    from engine.report.__main__ import main as report  # imports torch
+
+    return report([str(series.output)])
 
 
 def _list(series: Series, as_json: bool) -> None:

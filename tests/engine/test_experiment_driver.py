@@ -82,7 +82,7 @@ def write_run(folder: Path, config: object, done: bool = True) -> None:
     events += [{"iteration": at, "event": "validation", "task": task, "score": 0.4} for at in (3, 6) for task in tasks]
     events += [{"iteration": 6, "event": "end", "reason": "done"}] if done else []
     for name, rows in (("metrics", metrics), ("events", events)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"t": 1.0, **row}) + "\n" for row in rows))
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +242,7 @@ def test_the_command_line_writes_results_tables_and_figures(
         if row["seed"] == seed
     }
     assert (tmp_path / "tables" / "table6.md").exists() and (tmp_path / "figures" / "table6.svg").exists()
+    assert "w/o DSG" in (tmp_path / "report.html").read_text()
     assert "all-tasks against single-task: not run" in capsys.readouterr().out
     assert main(["--list", "--json", *arguments]) == 0
     lines = {(line["table"], line["row"]): line for line in json.loads(capsys.readouterr().out)}
