@@ -31,7 +31,7 @@ from engine.experiments import results, tables, timing
 from engine.experiments.driver import Outcome, alone_in, train
 from engine.experiments.results import collect
 from engine.experiments.series import PLAN, Job, Series, read_plan
-from engine.experiments.systems import Catalogue, ModelRow, load_catalogue
+from engine.experiments.systems import PRETRAINING, Catalogue, ModelRow, load_catalogue
 from engine.tasks import CONFIGS
 from pipelines.errors import BadInput
 
@@ -180,6 +180,8 @@ class _Teller:
         self._ended += 1
         self._left -= _weight(job)
         self._trained += _weight(job) if how == "done" else 0
+        if job.entry.system == PRETRAINING:
+            self._begun = time.monotonic()  # it says nothing about the others, which wait for it
         seconds = time.monotonic() - self._begun
         told = self._trained and self._left and not outcome.interrupted
         left = f", about {max(1, round(self._left * seconds / self._trained / 60))} min left" if told else ""
@@ -187,8 +189,8 @@ class _Teller:
 
 
 def _weight(job: Job) -> int:
-    """One for what every run takes, and one for each task."""
-    return 1 + len(job.entry.tasks)
+    """One for what every run takes, and one for each task; pretraining is not counted."""
+    return 0 if job.entry.system == PRETRAINING else 1 + len(job.entry.tasks)
 
 
 def _write(series: Series, failed: Mapping[str, str], name: str) -> None:
