@@ -305,6 +305,19 @@ def test_a_damaged_plan_is_named(content: str, named: str, tmp_path: Path) -> No
         read_plan(tmp_path)
 
 
+def test_fewer_seeds_of_another_experiment_lose_none(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "write_all", lambda made, folder: ["none"])
+    arguments = ["--base", str(small_data / "run.yaml"), "--output", str(tmp_path)]
+    assert main(["without-dsg", *arguments, "--seeds", "2"]) == 0
+    assert main(["all-tasks", *arguments, "--seeds", "1"]) == 0
+    assert sorted(FakeRun.started) == ["all-tasks-seed0", "without-dsg-seed0", "without-dsg-seed1"]
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 3 * TASKS
+    plan = read_plan(tmp_path)
+    assert plan is not None and plan["seeds"] == [0, 1]
+
+
 def test_a_series_keeps_its_length(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(small_data, tmp_path).save()
     base = ["all-tasks", "--base", str(small_data / "run.yaml"), "--output", str(tmp_path)]
