@@ -32,7 +32,7 @@ from engine.experiments import results, tables, timing
 from engine.experiments.driver import Outcome, alone_in, train
 from engine.experiments.results import collect
 from engine.experiments.series import PLAN, Job, Series, read_plan
-from engine.experiments.systems import Catalogue, ModelRow, load_catalogue
+from engine.experiments.systems import PRETRAINING, Catalogue, ModelRow, load_catalogue
 from engine.tasks import CONFIGS
 from pipelines.errors import BadInput
 
@@ -103,7 +103,9 @@ def _experiment(arguments: argparse.Namespace, catalogue: Catalogue) -> int:
         return _train(arguments, series, planned, jobs, name)
 
 
-def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: Sequence[Job], name: str) -> int:
+def _train(
+    arguments: argparse.Namespace, series: Series, planned: tuple[int, ...], jobs: Sequence[Job], name: str
+) -> int:
     at_once = _at_once(arguments, series.catalogue.model(series.model))
     if arguments.minutes and not planned:
         cost = timing.measure(series, jobs, at_once)
@@ -112,9 +114,11 @@ def _train(arguments: argparse.Namespace, series: Series, planned: bool, jobs: S
         _say(f"{len(jobs)} runs, {at_once} at a time, {series.iterations} iterations: at most about {told:.0f} min")
     elif arguments.minutes:
         _say(f"going on with the {series.iterations} iterations of {series.output / PLAN}; --minutes is not read")
-    series.save()
+    # Fewer seeds of this experiment must not lose those of another in the same folder.
+    whole = replace(series, seeds=tuple(sorted({*series.seeds, *planned})))
+    whole.save()
     outcome = train(series, jobs, at_once, _Teller(jobs))
-    _write(series, outcome.failed, "" if outcome.interrupted else name)
+    _write(whole, outcome.failed, "" if outcome.interrupted else name)
     if outcome.interrupted:
         _say("stopped and saved; the same command goes on")
         return EXIT_SAVED
@@ -130,8 +134,10 @@ def _name_and_overrides(arguments: argparse.Namespace) -> tuple[str | None, tupl
     return (names[0] if names else None), tuple(text for text in given if "=" in text)
 
 
-def _series(arguments: argparse.Namespace, catalogue: Catalogue, overrides: tuple[str, ...]) -> tuple[Series, bool]:
-    """The series that the arguments describe, and whether its folder has a plan already, whose length then holds."""
+def _series(
+    arguments: argparse.Namespace, catalogue: Catalogue, overrides: tuple[str, ...]
+) -> tuple[Series, tuple[int, ...]]:
+    """The series that the arguments describe, and the seeds that its folder has a plan for: its length then holds."""
     for flag in ("minutes", "iterations", "seeds", "jobs"):
         value = getattr(arguments, flag)
         if value is not None and value <= 0:
@@ -146,22 +152,24 @@ def _series(arguments: argparse.Namespace, catalogue: Catalogue, overrides: tupl
     )  # fmt: skip
     plan = read_plan(series.output)
     if plan is None:
-        return replace(series, iterations=arguments.iterations or series.base_config.max_iterations), False
+        return replace(series, iterations=arguments.iterations or series.base_config.max_iterations), ()
     if not arguments.seeds:
         series = replace(series, seeds=tuple(plan["seeds"]))
+    planned = tuple(plan["seeds"])
     if arguments.list or arguments.tables:  # of what is there, whatever it was begun with
         begun = {
+            "model": plan["model"],
             "base": CONFIGS.parent / plan["base"],
             "overrides": tuple(plan["overrides"]),
             "weights": plan["weights"],
         }
-        return replace(series, iterations=plan["iterations"], **begun), True
+        return replace(series, iterations=plan["iterations"], **begun), planned
     asked = replace(series, iterations=arguments.iterations or plan["iterations"])
     for key, now in asked.as_json().items():
         if key != "seeds" and now != plan[key]:
             mend = "say the same, or take another --output"
             raise BadInput(f"{series.output / PLAN}: {key}", f"{plan[key]!r}, and now {now!r}", mend)
-    return asked, True
+    return asked, planned
 
 
 def _at_once(arguments: argparse.Namespace, model: ModelRow) -> int:
@@ -181,6 +189,8 @@ class _Teller:
         self._ended += 1
         self._left -= _weight(job)
         self._trained += _weight(job) if how == "done" else 0
+        if job.entry.system == PRETRAINING:
+            self._begun = time.monotonic()  # it says nothing about the others, which wait for it
         seconds = time.monotonic() - self._begun
         told = self._trained and self._left and not outcome.interrupted
         left = f", about {max(1, round(self._left * seconds / self._trained / 60))} min left" if told else ""
@@ -188,8 +198,8 @@ class _Teller:
 
 
 def _weight(job: Job) -> int:
-    """One for what every run takes, and one for each task."""
-    return 1 + len(job.entry.tasks)
+    """One for what every run takes, and one for each task; pretraining is not counted."""
+    return 0 if job.entry.system == PRETRAINING else 1 + len(job.entry.tasks)
 
 
 def _write(series: Series, failed: Mapping[str, str], name: str) -> None:

@@ -11,7 +11,7 @@ from engine.config import load, load_tasks
 from engine.experiments import listing
 from engine.experiments.paper import paper_table
 from engine.experiments.parameters import counted
-from engine.experiments.series import Job, Series
+from engine.experiments.series import Series
 from engine.experiments.systems import FOLDER, load_catalogue
 from engine.tasks import CONFIGS
 from pipelines.errors import BadInput
@@ -101,30 +101,17 @@ def test_seeds_come_one_after_the_other_and_every_run_after_what_it_needs() -> N
     assert jobs[0].name == "all-tasks-seed0"  # its steps are the length of runs of one task
 
 
-def loaded(model: str, jobs: list[Job]) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_all_configurations_load(model: str) -> None:
     one = series(model, (0,))
+    jobs = one.jobs(CATALOGUE.systems)
+    assert {job.entry.system for job in jobs} == CATALOGUE.systems.keys() and len(jobs) == 100
     for job in jobs:
         path, overrides = one.configuration(job, assumed=True)
         config = load(path, overrides)
         assert config.name == job.name
         if job.entry.system != "pretraining":
             assert tuple(row.name for row in load_tasks(config)[1]) == job.entry.tasks
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_one_configuration_of_every_system_loads(model: str) -> None:
-    one = series(model, (0,))
-    first = {job.entry.system: job for job in reversed(one.jobs(CATALOGUE.systems))}
-    assert first.keys() == CATALOGUE.systems.keys()
-    loaded(model, list(first.values()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_all_configurations_load(model: str) -> None:
-    jobs = series(model, (0,)).jobs(CATALOGUE.systems)
-    assert len(jobs) == 100
-    loaded(model, jobs)
 
 
 def test_parameters_are_those_that_the_paper_rounds() -> None:
