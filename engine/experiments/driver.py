@@ -138,6 +138,7 @@ def train(
                 if process.poll() is not None:
                     del running[name]
                     _end(series, job, process.returncode, outcome, ended)
+        outcome.interrupted = bool(asked)  # also where no run was under way any more
     return outcome
 
 

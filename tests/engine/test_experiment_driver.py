@@ -152,6 +152,13 @@ def test_an_interrupted_series_goes_on_after_run_k(small_data: Path, tmp_path: P
     assert len(FakeRun.started) == RUNS + 1
 
 
+def test_a_stop_between_two_runs_is_no_end(small_data: Path, tmp_path: Path) -> None:
+    series = make(small_data, tmp_path)
+    jobs = series.jobs(SYSTEMS)
+    outcome = train(series, jobs, 1, lambda job, how, so_far: os.kill(os.getpid(), signal.SIGTERM))
+    assert outcome.interrupted and len(outcome.done) == 1 and not outcome.failed
+
+
 def test_a_run_with_checkpoints_is_resumed_and_one_without_begun_anew(small_data: Path, tmp_path: Path) -> None:
     series = make(small_data, tmp_path)
     job = series.jobs(["all-tasks"])[0]
