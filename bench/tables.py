@@ -18,6 +18,9 @@ from typing import Any
 from bench import standing
 from bench.blind import Comparison
 from bench.blind import table as blind_table
+from engine.experiments.paper import paper_table
+from engine.experiments.results import Estimate, Results, Row, difference, estimate
+from engine.experiments.systems import load_catalogue
 from engine.tasks import load_table
 from pipelines.errors import BadInput
 from pipelines.files import write_atomic
@@ -110,9 +113,28 @@ def profile(result: Result) -> Lines:
         yield _row(load_table().row(name).title, *found, *shares)
 
 
+def experiments(*series: Result) -> Lines:
+    """The paper's four comparisons, paired by seed (root README)."""
+    yield "| average over the twelve tasks, in points | paper | trained from scratch | begun from one pretrained trunk |"
+    yield "|---|---:|---:|---:|"
+    found = [Results(tuple(Row(**row) for row in one["runs"])) for one in series]
+    for row in load_catalogue().comparisons:
+        name, first, second = row.paper
+        paper = [paper_table(name).number(line, "average") or 0.0 for line in (first, second)]
+        cells = (_ahead(one, row.of, row.against) for one in found)
+        yield _row(row.title, f"{paper[0] - paper[1]:+.2f}", *(cell.signed() if cell else "–" for cell in cells))
+
+
+def _ahead(results: Results, of: str, against: str) -> Estimate | None:
+    """How far one system is ahead of the other on average over its tasks, by seed."""
+    tasks = [task for task in results.tasks() if results.of(of, task)]
+    return estimate(difference(results.mean(of, tasks), results.mean(against, tasks)))
+
+
 TABLES = (
     Shown("README.md", ("iterations_batch_16.json", "iterations_batch_4.json"), speed),
     Shown("README.md", ("blind.json",), blind),
+    Shown("README.md", ("experiments_tiny.json", "experiments_tiny_pretrained.json"), experiments),
     Shown("bench/README.md", ("plan.json", "plan_ranks.json"), plan),
     Shown("bench/README.md", ("profile.json",), profile),
     Shown("bench/README.md", (), lambda: iter(standing.table(RESULTS).splitlines())),
