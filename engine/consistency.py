@@ -169,7 +169,7 @@ def _models(arguments: Sequence[str], tasks: Sequence[str], overrides: Sequence[
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine.consistency", description=__doc__, epilog="Exit codes: 0 done, 2 bad input.",
+        prog="python -m engine.consistency", description=__doc__, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="or TASK=CHECKPOINT, once for each task")
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="device=cpu, data=SHEET, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     questions, expressions = arguments.questions.split(","), arguments.expressions.split(",")
     try:
         check_imports()
@@ -190,9 +190,12 @@ def main(argv: list[str] | None = None) -> int:
         with progress_on_stderr() as show:
             models = _models(arguments.checkpoints, [*questions, *expressions], arguments.set)
             found = measure(models, questions, expressions, show)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(asdict(found), indent=1)) if arguments.json else Console().print(_table(found))
     return 0
 

@@ -1,6 +1,7 @@
 """`python -m engine.evaluate CHECKPOINT`: a trained model by each data set's official rule.
 
-CHECKPOINT is a run folder (its newest checkpoint that verifies), one checkpoint of it, or a file of weights with --config.
+CHECKPOINT is a run folder (its newest checkpoint that verifies), one checkpoint of it, an exported folder with
+data=SHEET.yaml, or a file of weights with --config.
 Scores are those of the paper: VQA's ten-answer accuracy; the soft score of Visual Genome QA; GQA's accuracy; recall at 1 of
 retrieval, every caption against all images of the split; IoU above 0.5 of referring expressions and phrases; the right option
 of Visual7W and GuessWhat; NLVR2's accuracy, with its consistency; SNLI-VE's accuracy.

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", metavar="DIR", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run: data, world.path, …")
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="which a file of weights belongs to")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         check_imports()
         trained = load_trained(

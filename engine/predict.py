@@ -38,7 +38,7 @@ from pipelines.extract.detectors import DETECTORS, load_detector
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         check_imports()
         if arguments.top < 1:
@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="stopgo-") as folder:
             pictures = _pictures(trained, arguments, Path(folder))
             answers = ask(trained, arguments.task, arguments.text, pictures, choices=arguments.choices)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     _print(arguments, trained, answers[: arguments.top])
     return 0

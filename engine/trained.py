@@ -167,6 +167,8 @@ def _config_of(source: Path) -> Path:
     if exported.is_exported(source):
         return source / exported.RUN
     folder = run_folder(source)
+    if folder is None and source.is_dir() and not (source / "manifest.json").is_file():
+        raise BadInput(source, "neither a run folder, nor a checkpoint, nor an exported folder", "check the path")
     if folder is None:
         raise BadInput(source, "weights alone, without the configuration of a run", "name it with --config RUN.yaml")
     return folder / "config.yaml"

@@ -35,6 +35,7 @@ def evaluate(
     no rule, damaged records, and logits that are not finite.
     """
     rows = _rows(trained, tasks)
+    trained.check_data()  # before anything is written
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     scores = {}

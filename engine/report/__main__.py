@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.exported import is_exported
 from engine.house import check_imports
 from engine.report.experiment_page import is_experiment, read_experiment
 from engine.report.gallery import Settings, images_folder, looks, task_cards
@@ -32,7 +33,7 @@ from pipelines.progress import Show, progress_on_stderr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         check_imports()
         _check(arguments)
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
         raise BadInput(arguments.folder, "no such folder", "a run folder, or an experiment's")
+    if is_exported(arguments.folder):
+        what = "an exported model, which has no journal with it"
+        raise BadInput(arguments.folder, what, "name the run that it came from; its scores are in README.md")
     for option, least in (("asked", 1), ("right", 0), ("wrong", 0)):
         if getattr(arguments, option) < least:
             raise BadInput(f"--{option}", f"{getattr(arguments, option)} is too small", f"give {least} or more")

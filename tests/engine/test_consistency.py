@@ -94,6 +94,15 @@ def test_which_checkpoint_is_whose(
     assert said in capsys.readouterr().err
 
 
+def test_ctrl_c_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.consistency.check_installed", interrupted)
+    assert main(["anything"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_without_the_tagger_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from engine.asking import ask
+from engine.evaluate import main as evaluate
 from engine.export import main
 from engine.images import Pictures, stored
 from engine.predict import main as predict
+from engine.report.__main__ import main as report
 from engine.trained import load_trained
 from pipelines.errors import BadInput
 from tests.engine.small_run import ROWS
@@ -98,3 +100,23 @@ def test_the_commands_say_what_is_wrong(exported: Path, run: Path, capsys: pytes
     assert "exists already" in capsys.readouterr().err
     assert predict([str(exported), "--task", "answers", "--image", "1", "--text", "red"]) == 2
     assert "data=SHEET.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "named"), [(evaluate, "data=SHEET.yaml"), (report, "no journal")])
+def test_what_an_exported_folder_lacks_is_named(
+    command: Callable[[list[str]], int], named: str, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command([str(exported)]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_overrides_may_follow_options(run: Path, tmp_path: Path) -> None:
+    """As the documentation writes them, and as argparse alone would not take them."""
+    asked = [str(run), "--task", "answers", "--image", EXAMPLES["answers"][0].images[0], "--text", "red", "threads=1"]
+    assert predict(asked) == 0
+    assert report([str(run), "--no-pictures", "-o", str(tmp_path / "page.html"), "threads=1"]) == 0
+
+
+def test_an_empty_folder_is_no_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(tmp_path)]) == 2
+    assert "neither a run folder" in capsys.readouterr().err
