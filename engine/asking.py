@@ -87,6 +87,8 @@ def _check(trained: Trained, row: TaskRow, texts: Sequence[str], pictures: Pictu
     elif n_texts != 1 or n_images != row.images:
         what = f"texts: {n_texts}, images: {n_images}"
         raise BadInput(row.name, what, f"it reads one text and {row.images} image{'s' * (row.images > 1)}")
+    if not all(text.strip() for text in texts):
+        raise BadInput("--text", "empty", "a question, a caption, an expression: what the task is asked about")
     width = trained.config.model.v_feature_size
     if pictures.store.feature_dim != width:
         raise BadInput(pictures.store.path, f"features of {pictures.store.feature_dim} values, the model reads {width}")

@@ -152,10 +152,12 @@ def _scores(trained: Trained, data: TaskData, chosen: NDArray[np.int64], show: S
     return torch.cat(scores).tolist() if scores else []
 
 
-def _models(arguments: Sequence[str], tasks: Sequence[str], overrides: Sequence[str]) -> dict[str, Trained]:
-    """Each task's model: TASK=CHECKPOINT, or the one that is named alone."""
+def _models(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, Trained]:
+    """Each task's model: TASK=CHECKPOINT, or the one that is named alone; other `key=value` is said of all of them."""
     named = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in tasks)
-    alone = [argument for argument in arguments if argument.split("=", 1)[0] not in tasks]
+    others = [argument for argument in arguments if argument.split("=", 1)[0] not in tasks]
+    alone = [argument for argument in others if "=" not in argument or Path(argument).exists()]
+    overrides = [argument for argument in others if argument not in alone]
     if len(alone) > 1:
         raise BadInput(alone[1], "a second checkpoint for all tasks", f"TASK=CHECKPOINT, of {', '.join(tasks)}")
     missing = [task for task in tasks if task not in named]
@@ -172,7 +174,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m engine.consistency", description=__doc__, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="or TASK=CHECKPOINT, once for each task")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="or TASK=CHECKPOINT for each task; key=value of the runs: device=cpu, data=SHEET, …",
+    )
     parser.add_argument("--questions", metavar="TASK,…", default=",".join(QUESTIONS), help="tasks with answers (vqa)")
     parser.add_argument(
         "--expressions",
@@ -180,7 +187,6 @@ def main(argv: list[str] | None = None) -> int:
         default=",".join(EXPRESSIONS),
         help="tasks with regions (refcoco,refcoco_plus)",
     )
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="device=cpu, data=SHEET, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(argv)
     questions, expressions = arguments.questions.split(","), arguments.expressions.split(",")
@@ -188,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         check_imports()
         check_installed()
         with progress_on_stderr() as show:
-            models = _models(arguments.checkpoints, [*questions, *expressions], arguments.set)
+            models = _models(arguments.checkpoints, [*questions, *expressions])
             found = measure(models, questions, expressions, show)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

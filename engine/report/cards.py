@@ -106,13 +106,13 @@ def _answered(gallery: Gallery, row: TaskRow, example: Example) -> Card:
     names = (name if isinstance(name, str) else vocabulary.answer(name) for name in target.answers)
     scores = dict(zip(names, target.scores, strict=True))
     pictures, answers = _asked(gallery, row, example)
-    bars = tuple(Bar(a.label, a.probability, "true" if scores.get(a.label) else "other") for a in answers[:TOP])
+    accepted = {name for name, score in scores.items() if score >= RIGHT_SCORE}
+    bars = tuple(Bar(a.label, a.probability, "true" if a.label in accepted else "other") for a in answers[:TOP])
     best = _best_first(scores)
     truth = ", ".join(name if score == 1 else f"{name} ({score:.1f})" for name, score in best[:TOP])
     truth += ", …" if len(best) > TOP else ""
-    score = scores.get(answers[0].label, 0.0)
     views = (_view(gallery, pictures, example.images[0]),)
-    return Card(example, example.text, score >= RIGHT_SCORE, views, bars, truth or "none in the vocabulary",
+    return Card(example, example.text, answers[0].label in accepted, views, bars, truth or "none in the vocabulary",
                 answers[0].label)  # fmt: skip
 
 

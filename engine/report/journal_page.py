@@ -166,7 +166,11 @@ def _headline(
     history: RunHistory, results: Sequence[Result], mean: float | None, events: Sequence[Mapping[str, Any]]
 ) -> tuple[Fact, ...]:
     stops = sum(state == "stop" for task in history.tasks for _, state in task.changes)
-    facts = [("tasks", str(len(results))), ("iterations", f"{history.last:,}"), ("time", _time(_seconds(events)))]
+    facts = [
+        ("task" if len(results) == 1 else "tasks", str(len(results))),
+        ("iterations", f"{history.last:,}"),
+        ("time", _time(_seconds(events))),
+    ]
     if mean is not None:
         facts.insert(0, ("mean score", f"{100 * mean:.1f} %"))
     return (*facts, ("stops by DSG", str(stops)))

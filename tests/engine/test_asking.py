@@ -137,6 +137,7 @@ def test_the_same_picture_twice(trained: Trained, picture: Path, tmp_path: Path)
     ("task", "texts", "images", "named"),
     [
         ("answers", ["a", "b"], ["1"], "one text and 1 image"),
+        ("answers", [" "], ["1"], "--text: empty"),
         ("pairs", ["a"], ["1"], "one text and 2 images"),
         ("captions", ["a", "b"], ["1", "2"], "one text and several images"),
         ("vqa", ["a"], ["1"], "not trained on it"),

@@ -84,6 +84,7 @@ def test_tasks_of_other_images_are_refused(trained: Trained) -> None:
         (["vqa=nowhere"], "refcoco: no checkpoint for it"),
         (["one", "two"], "two: a second checkpoint"),
         (["one"], "one: no such run"),
+        (["one", "threads=1"], "one: no such run"),
     ],
 )
 def test_which_checkpoint_is_whose(
