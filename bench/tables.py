@@ -125,6 +125,25 @@ def experiments(*series: Result) -> Lines:
         yield _row(row.title, f"{paper[0] - paper[1]:+.2f}", *(cell.signed() if cell else "–" for cell in cells))
 
 
+_WAYS = ("ours", "padded", "authors")
+
+
+def retrieval(result: Result) -> Lines:
+    """Every caption of a pool with every image (bench/README.md)."""
+    yield "| 5,000 captions × 1,000 images, bfloat16 | ours | *padded* | *authors* |"
+    yield "|---|---:|---:|---:|"
+    for key, title in (("tiny bfloat16", "tiny"), ("vilbert_6l_6c bfloat16", "full model")):
+        found = result[key]
+        unit, whole, counted = found["seconds_of_a_unit"], found["seconds_of_all"], found["counted"]
+        yield _row(f"{title}: ms a pair", *(f"{1e3 * unit[f'{way} pairs']['median']:.2f}" for way in _WAYS))
+        hours = [f"{whole[way] / 3600:.1f} ({whole[way] / whole['ours']:.1f} ×)" for way in _WAYS]
+        yield _row(f"{title}: all pairs, hours", *hours)
+        yield _row(
+            f"{title}: rows through layers", *(f"{counted[way]['rows_through_layers'] / 1e9:.1f} G" for way in _WAYS)
+        )
+        yield _row(f"{title}: features embedded", *(f"{counted[way]['feature_bytes'] / 1e9:,.2f} GB" for way in _WAYS))
+
+
 def _ahead(results: Results, of: str, against: str) -> Estimate | None:
     """How far one system is ahead of the other on average over its tasks, by seed."""
     tasks = [task for task in results.tasks() if results.of(of, task)]
@@ -137,6 +156,7 @@ TABLES = (
     Shown("README.md", ("experiments_tiny.json", "experiments_tiny_pretrained.json"), experiments),
     Shown("bench/README.md", ("plan.json", "plan_ranks.json"), plan),
     Shown("bench/README.md", ("profile.json",), profile),
+    Shown("bench/README.md", ("retrieval.json",), retrieval),
     Shown("bench/README.md", (), lambda: iter(standing.table(RESULTS).splitlines())),
 )
 
