@@ -45,9 +45,9 @@ def test_ranges_of_a_run(tmp_path: Path) -> None:
     assert [one for one in step if " / " not in one] == ["data", "copy", "forward", "loss", "loss", "backward", "step"]
     forward = [
         "text embedding",
-        "image embedding",
         "text 0",
         "text 1",
+        "image embedding",
         "connection 0",
         "image 0",
         "text 2",
