@@ -164,7 +164,7 @@ def _models(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, Trained
     if missing and not alone:
         raise BadInput(missing[0], "no checkpoint for it", f"{missing[0]}=CHECKPOINT, or one for all tasks")
     paths = {task: Path(named.get(task, alone[0] if alone else "")) for task in tasks}
-    loaded = {path: load_trained(path, overrides=overrides) for path in dict.fromkeys(paths.values())}
+    loaded = {path: load_trained(path, overrides=overrides, say=_say) for path in dict.fromkeys(paths.values())}
     return {task: loaded[path] for task, path in paths.items()}
 
 
@@ -204,6 +204,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(json.dumps(asdict(found), indent=1)) if arguments.json else Console().print(_table(found))
     return 0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _table(found: Consistency) -> Table:

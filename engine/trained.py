@@ -141,7 +141,7 @@ def load_trained(
     if alone and not any(override.startswith("data=") for override in overrides):
         sheet = exported.no_data(source)
     else:
-        sheet = load_sheet(sheet_path(configuration, lambda message: None), [row.name for row in rows])
+        sheet = load_sheet(sheet_path(configuration, say), [row.name for row in rows])
     heads = {row.head: table.head(row).kind for row in rows}
     answers = exported.answers(source, heads) if alone else shared_answers(rows, sheet)
     model = build_model(configuration, table, rows, answers, lambda message: None)
