@@ -29,7 +29,7 @@ def attention_cases(setting: Setting, make: Maker) -> Iterator[Case]:
                 "sdpa": partial(_padded, peers.sdpa_attention, leaves, rows, heads, p),
                 "flash_attn": partial(Call, flash, leaves),
             }
-            ours = Call(partial(_attend, rows=rows, heads=heads, dropout=dropout(p)), leaves)
+            ours = Call(partial(_attend, rows=rows, heads=heads, dropout=dropout(p, rows)), leaves)
             work = _work(rows, rows, width, leaves[0].element_size())
             shape, longest = describe(stream, rows, width, p), rows.max_seqlen
             yield Case("attention", setting.task, shape, make.dtype, work, ours, others, longest)
@@ -80,7 +80,7 @@ def _padded_leaf(x: Tensor, rows: Rows) -> Tensor:
 
 def _bridge(*leaves: Tensor, rows: tuple[Rows, Rows], p: float) -> tuple[Tensor, Tensor]:
     qt, kt, vt, qi, ki, vi = leaves
-    return coattention((qt, kt, vt), (qi, ki, vi), *rows, _BRIDGE_HEADS, dropout(p, 0), dropout(p, 1))
+    return coattention((qt, kt, vt), (qi, ki, vi), *rows, _BRIDGE_HEADS, dropout(p, rows[0]), dropout(p, rows[0], 1))
 
 
 def _padded_bridge(one_way: Function, leaves: tuple[Tensor, ...], rows: tuple[Rows, Rows], p: float) -> Call:

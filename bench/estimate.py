@@ -16,13 +16,13 @@ from engine.tasks import TaskRow
 
 OURS = "ours"
 
-_OVERHEAD = {OURS: 0.5, "authors": 0.5, "stock": 3.0}
+_OVERHEAD = {OURS: 0.5, "authors": 0.5, "stock": 3.0, "stock_graphs": 1.0}
 """Time outside of products, over the time in them."""
 START_S = 10
 """A provider's process: imports, weights."""
-_UPDATE_NS = {OURS: 1.0, "authors": 3.0, "stock": 1.0}
+_UPDATE_NS = {OURS: 1.0, "authors": 3.0, "stock": 1.0, "stock_graphs": 1.0}
 """Nanoseconds of the update per parameter."""
-_DTYPES = {"authors": torch.float32, "stock": torch.bfloat16}
+_DTYPES = {"authors": torch.float32, "stock": torch.bfloat16, "stock_graphs": torch.bfloat16}
 
 
 def gemm_rates(device: torch.device, size: int = 1024, seconds: float = 0.2) -> dict[torch.dtype, float]:

@@ -5,10 +5,11 @@ Three providers train the same full-size model on the same synthetic samples of 
   ours     engine.step.train_step on packed rows, as a run does it
   authors  the published recipe as its code runs it: padded, float32, every head evaluated, AdamW tensor by tensor
   stock    the same padded model under bfloat16 autocast with torch's fused AdamW
+  stock_graphs  on a GPU: the same, its steps recorded as CUDA graphs (padded shapes never change)
 
-Each has a process of its own, and only one runs at a time: ours, authors, stock, ours, … A step is forward, loss,
-backward and update; reading data is not in it. Every round has another batch, the same for all; after a warm-up step
-each, medians over the rounds count.
+On a GPU ours records its steps too (cuda_graphs=false: not). Each has a process of its own, and only one runs at a time:
+ours, authors, stock, ours, … A step is forward, loss, backward and update; reading data is not in it. Every round has another
+batch, the same for all; after a few warm-up steps each, medians over the rounds count.
 
 With --config, a run's own batches instead (made by its own readers), without peers.
 """
@@ -39,6 +40,7 @@ from pipelines.errors import BadInput
 
 PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
 PEERS = [name for name in PROVIDERS if name != OURS]
+ON_A_GPU = "stock_graphs"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=int, default=4, help="samples a step (%(default)s); retrieval's have 4 pairs each"
     )
     parser.add_argument(
-        "--against", default=",".join(PEERS), help="comma-separated peers, or none (%(default)s)", metavar="PEERS"
+        "--against",
+        default="all",
+        help=f"comma-separated peers, or none (all: {', '.join(PEERS)}; the last on a GPU)",
+        metavar="PEERS",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each provider and task (%(default)s)")
     parser.add_argument(
@@ -120,13 +125,14 @@ def _own_batches(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows, peers = _rows(arguments.tasks), _peers(arguments.against)
+    rows = _rows(arguments.tasks)
     if arguments.batch < 1 or arguments.rounds < 1:
         raise BadInput("--batch, --rounds", "at least 1 of each is needed")
-    if arguments.plot and not peers:
-        raise BadInput("--plot", "there are no ratios to draw without peers")
     run = run_of(arguments)
     setting = Setting(run, arguments.batch, assembly.device_of(run))
+    peers = _peers(arguments.against, setting.device)
+    if arguments.plot and not peers:
+        raise BadInput("--plot", "there are no ratios to draw without peers")
     rates = gemm_rates(setting.device)
     estimate = Estimate(run.model, getattr(torch, run.precision), arguments.batch, rates, lengths.load())
     providers = [OURS, *peers]
@@ -161,11 +167,15 @@ def _rows(names: str) -> list[TaskRow]:
     return list(table.default_tasks()) if names == "all" else [table.row(name) for name in names.split(",")]
 
 
-def _peers(names: str) -> list[str]:
+def _peers(names: str, device: torch.device) -> list[str]:
+    if names == "all":
+        return [name for name in PEERS if device.type == "cuda" or name != ON_A_GPU]
     peers = [] if names == "none" else names.split(",")
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
         raise BadInput(f"--against {unknown[0]}", "no such peer", f"there are {', '.join(PEERS)}, or none")
+    if ON_A_GPU in peers and device.type != "cuda":
+        raise BadInput(f"--against {ON_A_GPU}", f"CUDA graphs on {device}", "--against stock")
     return peers
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -135,9 +136,15 @@ class Maker:
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def dropout(p: float, site: int = 0) -> Dropout | None:
-    """One dropout place; None for p = 0."""
-    return Dropout(p, 1, 2, site) if p else None
+def dropout(p: float, rows: Rows, site: int = 0) -> Dropout | None:
+    """One dropout place; None for p = 0. On a GPU its step lies there: a number could not be recorded."""
+    device = rows.cu_seqlens.device
+    return Dropout(p, 1, _step(device) if device.type == "cuda" else 2, site) if p else None
+
+
+@cache
+def _step(device: torch.device) -> Tensor:
+    return torch.full((1,), 2, dtype=torch.int64, device=device)
 
 
 def describe(stream: str, rows: Rows, width: int, p: float | None = None) -> str:

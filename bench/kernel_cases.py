@@ -60,7 +60,7 @@ def _layernorm_cases(setting: Setting, make: Maker) -> Iterator[Case]:
             "liger": partial(Call, partial(peers.liger_layernorm, p=p), without_bias),
             "apex": partial(Call, partial(peers.apex_layernorm, p=p), without_bias),
         }
-        ours = Call(partial(bias_dropout_residual_layernorm, rows=rows, dropout=dropout(p)), leaves)
+        ours = Call(partial(bias_dropout_residual_layernorm, rows=rows, dropout=dropout(p, rows)), leaves)
         work, shape = work_of(leaves, x, leaves), describe(stream, rows, width, p)
         yield Case("bias_dropout_residual_layernorm", setting.task, shape, make.dtype, work, ours, others)
 
@@ -73,7 +73,7 @@ def _region_cases(setting: Setting, make: Maker) -> Iterator[Case]:
     leaves = (x, feature_bias, location_weight, location_bias, weight, shift)
 
     def ours(x: Tensor, bias: Tensor, location: Tensor, location_bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-        return region_embedding(x, bias, boxes, location, location_bias, weight, shift, rows, dropout(p))
+        return region_embedding(x, bias, boxes, location, location_bias, weight, shift, rows, dropout(p, rows))
 
     own = boxes.to(make.dtype)
     others: Others = {
@@ -91,7 +91,7 @@ def _dropout_cases(setting: Setting, make: Maker) -> Iterator[Case]:
     for stream, rows in make.streams(setting):
         width, p = STREAMS[stream][0], setting.p
         leaves = (make.leaf(rows.total, width),)
-        ours = Call(partial(drop, dropout=dropout(p), row_key=rows.row_key, row_index=rows.row_index), leaves)
+        ours = Call(partial(drop, dropout=dropout(p, rows), row_key=rows.row_key, row_index=rows.row_index), leaves)
         once = Work(2 * bytes_of(*leaves))  # backward reads a gradient and writes one, nothing else
         work = {"forward": once, "backward": once, "both": once + once}
         others: Others = {"torch": partial(Call, partial(F.dropout, p=p), leaves)}

@@ -54,6 +54,8 @@ class Row:
     """Memory held at most, beyond inputs; of the masked losses alone, in mode "both"."""
     gradient_bytes: int | None
     """How much of it are the gradients, which are asked for."""
+    recorded: bool = False
+    """See `bench.timing.Spread`."""
     samples_us: tuple[float, ...] = ()
     """Single calls, evenly spaced, at the same turns as the other providers' of this case."""
 
@@ -165,6 +167,7 @@ def _compile(compiled: Call, seconds: float) -> None:
     """Both passes."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that outlives the run
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # or a backward could not run twice
     with _limited(seconds):
         _timed(compiled, "both")()()
 
@@ -195,9 +198,10 @@ def _timed(call: Call, mode: str) -> Timed:
     if mode in ("forward", "step"):
         return partial(_itself, forward)
     upstream = [_upstream(result) for result in _differentiable(forward())]
+    again = any(leaf.is_cuda for leaf in call.leaves)  # a recorded backward reads what the forward kept at every replay
 
     def backward() -> Callable[[], object]:
-        return partial(torch.autograd.grad, _differentiable(forward()), call.leaves, upstream)
+        return partial(torch.autograd.grad, _differentiable(forward()), call.leaves, upstream, retain_graph=again)
 
     return backward if mode == "backward" else partial(_itself, lambda: backward()())
 
@@ -222,7 +226,7 @@ def _row(case: Case, provider: str, mode: str, spread: Spread, ceilings: Ceiling
         case.op, provider, mode, _name(case.dtype), case.task, case.shape, calls=spread.calls,
         bytes=work.bytes, flops=work.flops, gb_per_s=round(work.bytes / spread.median / 1e9, 2),
         gflop_per_s=round(work.flops / spread.median / 1e9, 2), bound=bound,
-        share=round(ceiling / spread.median, 3), peak_bytes=None, gradient_bytes=None,
+        share=round(ceiling / spread.median, 3), peak_bytes=None, gradient_bytes=None, recorded=spread.recorded,
         samples_us=tuple(round(1e6 * seconds, 2) for seconds in spread.kept),
         **{name: round(1e6 * seconds, 2) for name, seconds in times.items()},
     )  # fmt: skip

@@ -15,6 +15,7 @@ from bench.gemms import GemmRecorder, GemmTimes, Replay
 from bench.memory import Spare, minor_faults, release, tensor_bytes
 from bench.provider import LR_MULTIPLIER, Rows, Setting, Step, StepClock
 from engine import assembly
+from engine.config import records_steps
 from engine.graphs import Graphs
 from engine.model.published import PUBLISHED_HEADS
 from engine.model.randomness import Randomness
@@ -47,8 +48,9 @@ class Ours:
         self.optimizer = assembly.build_optimizer(run, rows, self.model)
         # As the loop has them: batches in shape buckets, and graphs that copy them to the device.
         self._arena = Arena(pin=setting.device.type == "cuda")
-        self._grid = buckets.Grid.fitting(run.model.max_position_embeddings) if run.cuda_graphs else None
-        self._graphs = Graphs(self.model, setting.device) if run.cuda_graphs else None
+        recorded = records_steps(run, setting.device.type)
+        self._grid = buckets.Grid.fitting(run.model.max_position_embeddings) if recorded else None
+        self._graphs = Graphs(self.model, setting.device) if recorded else None
         self._moments = Spare(value for key, value in self.optimizer.state_dict().items() if "/exp_avg" in key)
         self._clock = StepClock(setting.device)
         self._steps = 0

@@ -91,7 +91,7 @@ def layout_of(run: RunConfig, model: Model) -> Layout:
     return Layout(
         ranks=1, stage=0, precision=run.precision, trunk=values(trunk),
         heads={name: values(head) for name, head in model.model.heads.items()},
-        trunk_tensors=len(list(trunk.parameters())), graphs=run.cuda_graphs, data_threads=run.data_threads,
+        trunk_tensors=len(list(trunk.parameters())), graphs=run.cuda_graphs is True, data_threads=run.data_threads,
         largest=max(parameter.numel() for parameter in model.model.parameters()),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from bench.batches import pack
 from bench.provider import LR_MULTIPLIER, Setting
 from engine import assembly
 from engine.assembly import Parts
-from engine.config import RunConfig
+from engine.config import RunConfig, records_steps
 from engine.model.published import PUBLISHED_HEADS
 from engine.model.randomness import Randomness
 from engine.model.vilbert import ViLBERT
@@ -99,9 +100,8 @@ class _Synthetic:
 
     def __init__(self, setting: Setting) -> None:
         self._setting, self._batches = setting, dict[str, Batch]()
-        self._grid = (
-            buckets.Grid.fitting(setting.run.model.max_position_embeddings) if setting.run.cuda_graphs else None
-        )
+        recorded = records_steps(setting.run, setting.device.type)
+        self._grid = buckets.Grid.fitting(setting.run.model.max_position_embeddings) if recorded else None
         self._arena = Arena(pin=True) if setting.device.type == "cuda" else None
 
     def turn(self, number: int) -> int:
@@ -161,6 +161,9 @@ def synthetic(setting: Setting, rows: Sequence[TaskRow], say: Callable[[str], No
     model = ViLBERT(run.model, PUBLISHED_HEADS)
     model.initialise(run.seed)
     sharded = run.backend == "deepspeed" or (run.backend == "auto" and run.deepspeed is not None)
+    recorded = records_steps(run, device.type) and (run.cuda_graphs is True or not sharded)
+    run = run.model_copy(update={"cuda_graphs": recorded})
+    setting = replace(setting, run=run)
     every = load_table().default_tasks()
     stepper = assembly.build_stepper(run, every, model.to(device), device, Ranks(), sharded)
     return Subject(run, rows, stepper, _Synthetic(setting), device)

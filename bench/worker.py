@@ -15,7 +15,12 @@ import torch
 
 from bench.provider import Setting
 
-PROVIDERS = {"ours": "bench.ours:Ours", "authors": "bench.peers.authors:build", "stock": "bench.peers.stock:build"}
+PROVIDERS = {
+    "ours": "bench.ours:Ours",
+    "authors": "bench.peers.authors:build",
+    "stock": "bench.peers.stock:build",
+    "stock_graphs": "bench.peers.stock_graphs:build",
+}
 """Name -> module:function of (setting) -> provider."""
 
 

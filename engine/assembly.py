@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, deepspeed_config
-from engine.config import RunConfig, load_tasks
+from engine.config import RunConfig, load_tasks, records_steps
 from engine.graphs import Graphs, refuse_without_gpu
 from engine.model.heads import HeadSpec
 from engine.model.published import load_bert, load_published, read_state
@@ -129,12 +129,9 @@ def assemble(config: RunConfig, say: Callable[[str], None] = lambda message: Non
     ranks = ranks or Ranks()
     sharded = _is_sharded(config, ranks)
     device = device_of(config, ranks)
-    if sharded:
-        _deepspeed_settings(config, ranks, device)  # what contradicts the run is said before anything is read
-    if config.cuda_graphs:
-        refuse_without_gpu(device)
-        _refuse_without_buckets(rows)
-        _refuse_divided(rows, sharded)
+    # What contradicts the run is said before anything is read.
+    stage = deepspeed_config.stage_of(_deepspeed_settings(config, ranks, device)) if sharded else 0
+    config = config.model_copy(update={"cuda_graphs": _records_steps(config, rows, device, stage, say)})
     if config.logging.nvtx and device.type != "cuda":
         what = f"ranges are for NVIDIA's profilers, and this run is on {device}"
         raise BadInput("logging.nvtx", what, "logging.nvtx=false")
@@ -194,9 +191,32 @@ def _check_beginnings(config: RunConfig) -> None:
             )
 
 
-def _refuse_divided(rows: tuple[TaskRow, ...], sharded: bool) -> None:
-    if sharded:
-        raise BadInput("cuda_graphs", "graphs replay a step of one process without DeepSpeed", "cuda_graphs: false")
+def _records_steps(
+    config: RunConfig, rows: tuple[TaskRow, ...], device: torch.device, stage: int, say: Callable[[str], None]
+) -> bool:
+    """Whether steps are recorded as CUDA graphs. BadInput where they were asked for and cannot be."""
+    if not records_steps(config, device.type):
+        return False
+    try:
+        refuse_without_gpu(device)
+        _refuse_without_buckets(rows)
+        _refuse_divided(rows, stage)
+    except BadInput as error:
+        if config.cuda_graphs != "auto":
+            raise
+        say(f"no CUDA graphs, so a GPU may wait for its host's launches for most of a step. {error}")
+        return False
+    return True
+
+
+def _refuse_divided(rows: tuple[TaskRow, ...], stage: int) -> None:
+    if stage:
+        what = (
+            f"ZeRO stage {stage} reduces gradients while backward runs, and a recorded backward knows nothing of that"
+        )
+        raise BadInput(
+            "cuda_graphs", what, "deepspeed: zero0, which keeps 12 bytes a parameter on each GPU, or cuda_graphs: false"
+        )
     for row in rows:
         if row.accumulation > 1:
             what = f"{row.name} has accumulation {row.accumulation}, and a graph holds a whole batch"
@@ -347,15 +367,15 @@ def build_stepper(
     config: RunConfig, rows: tuple[TaskRow, ...], model: ViLBERT, device: torch.device, ranks: Ranks, sharded: bool
 ) -> Stepper:
     """The model's update rule. Brings the float32 model to the run's precision; masters keep what rounding takes."""
+    graphs = Graphs(model, device) if records_steps(config, device.type) else None
     if not sharded:
-        graphs = Graphs(model, device) if config.cuda_graphs else None
         return Plain(model, build_optimizer(config, rows, model), device, config.share_prefixes, graphs)
     from engine.sharded import Sharded  # DeepSpeed takes seconds to import
 
     settings = _deepspeed_settings(config, ranks, device)
     exact = _rounded(config, model)
     share = config.share_prefixes
-    return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share)
+    return Sharded(model, _settings(config), _rates(config, rows, model), exact, settings, ranks, device, share, graphs)
 
 
 def _deepspeed_settings(config: RunConfig, ranks: Ranks, device: torch.device) -> dict[str, Any]:

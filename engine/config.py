@@ -260,10 +260,11 @@ class RunConfig(_Section):
         "adamw also deepspeed or apex, bias_dropout_residual_layernorm apex; "
         "what is not named: triton on CUDA, native on the CPU, torch where those cannot be had (stopgo doctor shows them)",
     )
-    cuda_graphs: bool = Field(
-        False,
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto",
         description="pad batches to shape buckets (at most 5 % of rows), record forward and backward of each once, and "
-        "replay them: for GPUs that wait for the host; never run on one yet",
+        "replay them, so that a GPU need not wait for its host's launches; auto: on a GPU, wherever steps can be recorded "
+        "(not under ZeRO stages 1 to 3, not in pretraining)",
     )
     resident_features: bool = Field(
         False,
@@ -421,6 +422,11 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
 def resolved(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included; `load` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def records_steps(config: RunConfig, device: str) -> bool:
+    """Whether `cuda_graphs` asks for recorded steps on this kind of device."""
+    return device == "cuda" if config.cuda_graphs == "auto" else config.cuda_graphs
 
 
 def config_hash(config: RunConfig) -> str:

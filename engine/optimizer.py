@@ -12,7 +12,8 @@ from engine.model.flat import FlatBlock
 from engine.model.vilbert import ViLBERT
 from engine.slices import of_unit, units
 from kernels import huge_pages
-from kernels.adamw import adamw, square_sum
+from kernels.adamw import square_sum
+from kernels.adamw_many import Together
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Optimizer:
         stepped = [self.units["trunk"], self.units[head]]
         if self.settings.update == "zero_filled":
             stepped += [unit for name, unit in self.units.items() if name not in ("trunk", head) and unit.started]
-        gradients = [gradient for unit in stepped for gradient in unit.gradients()]
-        grad_norm = torch.stack([square_sum(gradient) for gradient in gradients]).sum().sqrt()
+        grad_norm = torch.cat([part for unit in stepped for part in unit.square_sums()]).sum().sqrt()
         skipped = (~torch.isfinite(grad_norm + loss.detach())).float()
         if self.settings.clip:
+            gradients = [gradient for unit in stepped for gradient in unit.gradients()]
             torch._foreach_mul_(gradients, clip_factor(grad_norm, self.settings.clip))
         for unit in stepped:
             unit.step(lr_multiplier, skipped)
@@ -98,7 +99,6 @@ class _Unit:
         named = of_unit(unit, module)
         self.names = [one.name for one in named]
         self.parameters = [one.parameter for one in named]
-        self.decay = [settings.weight_decay if one.decays else 0.0 for one in named]
         for parameter in self.parameters:
             huge_pages.move(parameter.detach())
         self.masters = [
@@ -109,6 +109,9 @@ class _Unit:
         ]
         self.exp_avg = [huge_pages.empty_like(master).zero_() for master in self.masters]
         self.exp_avg_sq = [huge_pages.empty_like(master).zero_() for master in self.masters]
+        weights = [parameter.detach() if self._has_master(parameter) else None for parameter in self.parameters]
+        self.decays = [one.decays for one in named]
+        self._together = Together(self.masters, self.exp_avg, self.exp_avg_sq, weights, self.decays)
         self.steps = torch.zeros(1, dtype=torch.int64)
         self._zeros: Tensor | None = None
 
@@ -116,20 +119,23 @@ class _Unit:
         """The gradients that arrived."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
+    def square_sums(self) -> list[Tensor]:
+        """See `Together.square_sums`; of the gradients that arrived. On a GPU the zeros of those that did not are read as well:
+        one launch is worth more than they cost."""
+        arrived = self.gradients()
+        if len(arrived) == len(self.parameters) or self.parameters[0].is_cuda:
+            return self._together.square_sums(self._filled())
+        return [square_sum(gradient).reshape(1) for gradient in arrived]
+
     @torch.no_grad()
     def step(self, lr_multiplier: float, skipped: Tensor) -> None:
         """AdamW on every parameter, with zeros where no gradient arrived; then the gradients are dropped."""
         s = self.settings
         self.steps += 1
         lr, eps, share = corrected(s, self.lr * lr_multiplier, int(self.steps))
-        states = zip(self.parameters, self.masters, self.exp_avg, self.exp_avg_sq, self.decay, strict=True)
-        for parameter, master, exp_avg, exp_avg_sq, decay in states:
-            gradient = self._zeros_like(parameter) if parameter.grad is None else parameter.grad
-            weights = parameter.detach() if self._has_master(parameter) else None
-            adamw(
-                gradient, master, exp_avg, exp_avg_sq, weights,
-                lr=lr, betas=s.betas, eps=eps, weight_decay=decay * share, skipped=skipped,
-            )  # fmt: skip
+        self._together.step(
+            self._filled(), lr=lr, betas=s.betas, eps=eps, weight_decay=s.weight_decay * share, skipped=skipped
+        )
         for block in self.blocks:
             block.drop_gradients()
 
@@ -155,6 +161,13 @@ class _Unit:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if self._has_master(parameter):
                 master.copy_(exact[parameter])
+
+    def _filled(self) -> list[Tensor]:
+        """A gradient of every parameter, zeros where none arrived."""
+        return [
+            parameter.grad if parameter.grad is not None else self._zeros_like(parameter)
+            for parameter in self.parameters
+        ]
 
     def _zeros_like(self, parameter: nn.Parameter) -> Tensor:
         """Zeros of a parameter's shape; one piece of memory serves all."""

@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,14 +52,23 @@ class _Whole(nn.Module):
     def forward(self, anchor: Tensor, batch: Batch, head: str, random: Randomness, share: bool, scale: float) -> Any:
         """(loss to go back from, results of `engine.step.addends`)."""
         loss, results = addends(outcome(self.model, batch, head, random, share), batch)
-        # A loss that is not finite makes every gradient so, on whatever rank it is; 0 * loss is nothing otherwise.
-        return loss * (scale + 0 * loss.detach()) + anchor, results
+        return _told_to_all(loss, scale) + anchor, results
+
+
+def _forward_backward(model: ViLBERT, head: str, scale: float, share: bool, batch: Batch, random: Randomness) -> Tensor:
+    """What a graph holds: see `engine.step.forward_backward`."""
+    loss, results = addends(outcome(model, batch, head, random, share), batch)
+    _told_to_all(loss, scale).backward()
+    return results
+
+
+def _told_to_all(loss: Tensor, scale: float) -> Tensor:
+    """loss * scale. One that is not finite makes every gradient so, on whatever rank it is; 0 * loss is nothing otherwise."""
+    return loss * (scale + 0 * loss.detach())
 
 
 class Sharded:
     """See `engine.step.Stepper`."""
-
-    graphs: Graphs | None = None
 
     def __init__(
         self,
@@ -70,13 +80,19 @@ class Sharded:
         ranks: Ranks,
         device: torch.device,
         share: bool = True,
+        graphs: Graphs | None = None,
     ) -> None:
-        """`config`: of `engine.deepspeed_config.merged`. `exact`: float32 values of parameters that have been rounded."""
+        """`config`: of `engine.deepspeed_config.merged`. `exact`: float32 values of parameters that have been rounded.
+
+        ValueError for `graphs` beyond stage 0.
+        """
         self._deepspeed = deepspeed = _deepspeed(device)
         self._model, self._ranks, self._device, self._share = model, ranks, device, share
         self._named, self._rates = named_parameters(model), dict(rates)
         self.base_lr = rates["trunk"]
-        self._stage = stage_of(config)
+        self._stage, self.graphs = stage_of(config), graphs
+        if graphs and self._stage:
+            raise ValueError(f"stage {self._stage} reduces gradients by hooks, which a recorded backward has not")
         whole = _Whole(model)
         if self._stage == 0:
             self._plain: Optimizer | None = Optimizer(model, settings, rates)
@@ -104,23 +120,44 @@ class Sharded:
         self, batches: Sequence[Batch], head: str, *, loss_scale: float, lr_multiplier: float, random: Randomness
     ) -> StepResult:
         """See `Stepper`."""
-        results = []
-        for number, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            anchor = torch.zeros((), device=self._device, requires_grad=True)
-            # DeepSpeed takes the mean over ranks, and the parts' shares want the sum.
-            with span("copy"):
-                batch = batch.to(self._device)
-            loss, found = self._engine(anchor, batch, head, random, self._share, loss_scale * self._ranks.world_size)
-            with span("backward"):
-                self._engine.backward(loss)
-            results.append(found)
+        # DeepSpeed takes the mean over ranks, and the parts' shares want the sum.
+        scale = loss_scale * self._ranks.world_size
+        if self.graphs is None:
+            results = self._walked(batches, head, random, scale)
+        else:
+            (batch,) = batches
+            results = [self._replayed(self.graphs, batch, head, random, scale)]
         total = summed(results)
         with span("step"):
             grad_norm, skipped = self._update(head, lr_multiplier)
         for block in self._model.blocks():
             block.drop_gradients()
         return StepResult(total[0], total[1], grad_norm, skipped, total[2:])
+
+    def _walked(self, batches: Sequence[Batch], head: str, random: Randomness, scale: float) -> list[Tensor]:
+        """Forward and backward of each micro-batch; DeepSpeed reduces gradients as the last backward goes."""
+        results = []
+        for number, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            anchor = torch.zeros((), device=self._device, requires_grad=True)
+            with span("copy"):
+                batch = batch.to(self._device)
+            loss, found = self._engine(anchor, batch, head, random, self._share, scale)
+            with span("backward"):
+                self._engine.backward(loss)
+            results.append(found)
+        return results
+
+    def _replayed(self, graphs: Graphs, batch: Batch, head: str, random: Randomness, scale: float) -> Tensor:
+        """Forward and backward in one launch; then what gradients there are, of the trunk and this head, are reduced."""
+        key = head, scale, self._share
+        with span("graph"):
+            results = graphs.run(key, batch, random, partial(_forward_backward, self._model, *key))
+        with span("reduce"):
+            self._engine.set_gradient_accumulation_boundary(True)
+            gradients = [named.parameter.grad for named in self._named if named.parameter.grad is not None]
+            self._engine.buffered_allreduce_fallback(gradients)
+        return results
 
     def whole(self) -> AbstractContextManager[object]:
         """See `Stepper`."""

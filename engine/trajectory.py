@@ -41,18 +41,19 @@ def stepper(
     model.to(dtype)
     settings = OptimizerSettings(betas=tuple(rule["betas"]), eps=rule["eps"], weight_decay=rule["weight_decay"])
     rates = dict.fromkeys(units(model), rule["lr"])
+    device = next(model.parameters()).device
     if stage is None:
         optimizer = Optimizer(model, settings, rates)
         optimizer.take_masters(exact)
-        return Plain(model, optimizer, torch.device("cpu"))
+        return Plain(model, optimizer, device)
     from engine.sharded import Sharded  # DeepSpeed takes seconds to import
 
     ranks = ranks or Ranks()
     config = deepspeed_config.merged(
         deepspeed_config.read(f"zero{stage}"), precision=str(dtype).removeprefix("torch."), clip=0.0,
-        world_size=ranks.world_size,
+        world_size=ranks.world_size, device=device.type,
     )  # fmt: skip
-    return Sharded(model, settings, rates, exact, config, ranks, torch.device("cpu"))
+    return Sharded(model, settings, rates, exact, config, ranks, device)
 
 
 def run(

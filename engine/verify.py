@@ -47,6 +47,7 @@ TRAJECTORY = 1e-4
 SHARING = 2e-6
 BFLOAT16_SHARE = 0.05
 """bfloat16: largest error of the logits over their largest value."""
+CPU = torch.device("cpu")
 SLOW = 5.0
 """Seconds that a row may take without a word."""
 
@@ -65,7 +66,7 @@ class Row:
 
     def compare(self, column: str, what: str, ours: Tensor, theirs: Tensor, absolute: float, relative: float) -> None:
         """Record |ours − theirs|; a value fails when it is past both tolerances (relative to its own size)."""
-        ours, theirs = ours.detach().double().reshape(-1), theirs.double().reshape(-1)
+        ours, theirs = ours.detach().cpu().double().reshape(-1), theirs.double().reshape(-1)
         if ours.shape != theirs.shape:
             self.failures.append(f"{what}: {ours.numel()} values, expected {theirs.numel()}")
             return
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.verify", description=__doc__.split("\n\n")[0])
     parser.add_argument("--golden", type=Path, required=True, help="folder with meta.json, weights and *.safetensors")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): cuda where there is one"
+    )
     parser.add_argument("--failures", type=int, default=8, help="differences to list past the tolerance")
     arguments = parser.parse_args(argv)
     if interpreting():
@@ -89,11 +93,12 @@ def main(argv: list[str] | None = None) -> int:
             "Triton's interpreter: a quarter of an hour or more; DeepSpeed's trajectories are left out", file=sys.stderr
         )
     try:
-        rows = list(_told_when_slow(verify(arguments.golden, getattr(torch, arguments.dtype))))
+        device = _chosen(arguments.device)
+        rows = list(_told_when_slow(verify(arguments.golden, getattr(torch, arguments.dtype), device)))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _print(rows, arguments.dtype)
+    _print(rows, f"{arguments.dtype}, {device}")
     failures = [f"{row.name}: {failure}" for row in rows for failure in row.failures]
     for failure in failures[: arguments.failures]:
         print(failure)
@@ -111,7 +116,7 @@ def _told_when_slow(rows: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
-def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
+def verify(golden: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Iterator[Row]:
     """Compare everything that the folder holds; yields a row per file. bfloat16 compares logits and losses only."""
     meta = _meta(golden)
     config = ModelConfig.from_published(meta["config"], golden / "meta.json")
@@ -119,7 +124,7 @@ def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
     state = read_state(
         golden / "weights.safetensors" if (golden / "weights.safetensors").exists() else golden / "weights.bin"
     )
-    model = build(config, tasks, state, golden).to(dtype)
+    model = build(config, tasks, state, golden).to(device, dtype)
     for task in tasks:
         yield _task_row(model, task, dtype)
     if (golden / "pretrain.safetensors").exists():
@@ -128,7 +133,7 @@ def verify(golden: Path, dtype: torch.dtype = torch.float32) -> Iterator[Row]:
         if (golden / "shared_pairs.safetensors").exists():
             yield _sharing_row(model, golden / "shared_pairs.safetensors", tasks)
         if (golden / "trajectory.safetensors").exists():
-            yield from _trajectory_rows(lambda: build(config, tasks, state, golden), golden, meta, tasks)
+            yield from _trajectory_rows(lambda: build(config, tasks, state, golden).to(device), golden, meta, tasks)
         for name, kind in (("controller.json", ReferenceController), ("controller_paper.json", PaperController)):
             if (golden / name).exists():
                 yield _controller_row(golden / name, kind)
@@ -149,17 +154,18 @@ def build(config: ModelConfig, tasks: Iterable[GoldenTask], state: dict[str, Ten
 
 def _task_row(model: ViLBERT, task: GoldenTask, dtype: torch.dtype) -> Row:
     row = Row(task.name)
-    batch, expected = task_batch(task), task.tensors
+    packed, expected = task_batch(task), task.tensors
+    batch = packed.to(_device(model))
     model.zero_grad(set_to_none=True)
     logits = model(batch, task.head)
     loss, _ = loss_and_score(logits, batch)
-    _compare_logits(row, task.real_logits(logits, batch), task.expected_logits(), dtype)
+    _compare_logits(row, task.real_logits(logits.cpu(), packed), task.expected_logits(), dtype)
     if dtype is torch.float32:
         row.compare("loss", "loss", loss, expected["loss"], ABSOLUTE, RELATIVE)
         loss.backward()
         _compare_gradients(row, model, expected)
     else:
-        row.differences["loss"] = float((loss.detach() - expected["loss"][0]).abs())
+        row.differences["loss"] = abs(float(loss.detach()) - float(expected["loss"][0]))
     return row
 
 
@@ -189,7 +195,7 @@ def _compare_gradients(row: Row, model: ViLBERT, expected: dict[str, Tensor]) ->
 def _pretraining_row(model: ViLBERT, path: Path, dtype: torch.dtype) -> Row:
     row = Row("pretraining")
     expected = load_tensors(path)
-    batch = pretraining_batch(expected)
+    batch = pretraining_batch(expected).to(_device(model))
     model.zero_grad(set_to_none=True)
     losses, _ = pretraining_losses(model, batch, Randomness())
     for name, ours in zip(("masked_lm", "masked_region", "alignment"), losses, strict=True):
@@ -206,7 +212,7 @@ def _sharing_row(model: ViLBERT, path: Path, tasks: list[GoldenTask]) -> Row:
     """A retrieval batch with prefixes shared and not: the same numbers."""
     row = Row("shared pairs")
     expected = load_tensors(path)
-    batch = shared_batch(expected, tasks)
+    batch = shared_batch(expected, tasks).to(_device(model))
     head = retrieval_task(tasks).head
     results = {}
     for share in (True, False):
@@ -217,7 +223,7 @@ def _sharing_row(model: ViLBERT, path: Path, tasks: list[GoldenTask]) -> Row:
         row.compare("loss", f"loss, share={share}", loss, expected["loss"], ABSOLUTE, RELATIVE)
         loss.backward()
         _compare_gradients(row, model, expected)
-        results[share] = logits.detach()
+        results[share] = logits.detach().cpu()
     row.compare("sharing", "shared against unshared logits", results[True], results[False], SHARING, 0.0)
     return row
 
@@ -256,6 +262,17 @@ def _controller_row(path: Path, kind: type[ReferenceController | PaperController
     return row
 
 
+def _chosen(name: str) -> torch.device:
+    there_is_one = torch.cuda.is_available()
+    if name == "cuda" and not there_is_one:
+        raise BadInput("--device", "cuda asked for, but torch sees no GPU", "--device cpu")
+    return torch.device("cuda" if there_is_one and name != "cpu" else "cpu")
+
+
+def _device(model: ViLBERT) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _meta(golden: Path) -> dict[str, Any]:
     path = golden / "meta.json"
     try:
@@ -268,9 +285,9 @@ def _meta(golden: Path) -> dict[str, Any]:
     return meta
 
 
-def _print(rows: list[Row], dtype: str) -> None:
+def _print(rows: list[Row], how: str) -> None:
     columns = list(dict.fromkeys(column for row in rows for column in row.differences))
-    table = Table("", *columns, "", title=f"largest absolute difference, {dtype}")
+    table = Table("", *columns, "", title=f"largest absolute difference, {how}")
     for row in rows:
         cells = [f"{row.differences[c]:.2g}" if c in row.differences else "" for c in columns]
         table.add_row(row.name, *cells, row.verdict)

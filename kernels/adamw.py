@@ -248,8 +248,13 @@ _SQUARE_SUM = {"triton": _square_sum_triton, "native": _square_sum_native, "torc
 
 
 def variants() -> list[Variant]:
-    """Every kernel that a run can launch here; sizes that are multiples of 16 are read in whole vectors."""
-    found = [variant_of("adamw", "sum of squares", _sum_kernel, torch.float32, {"BLOCK": _BLOCK}, _WARPS)]
+    """Every kernel that a run can launch here or in `adamw_many`; sizes that are multiples of 16 are read in whole vectors."""
+    from kernels import adamw_many  # which imports this file
+
+    found = [
+        *adamw_many.variants(),
+        variant_of("adamw", "sum of squares", _sum_kernel, torch.float32, {"BLOCK": _BLOCK}, _WARPS),
+    ]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stepped: dict[str, object] = {"BLOCK": _BLOCK} | ({"weights": None} if dtype is torch.float32 else {})
         squared: dict[str, object] = {"PART": _PART, "BLOCK": _BLOCK}

@@ -48,6 +48,7 @@ from kernels.row_slices import (
     products,
     store_column_sums,
     store_slice,
+    summed_rows,
     variant_of,
     widened,
     zero_slices,
@@ -156,11 +157,11 @@ def _forward_kernel(
         tl.store(rstd + row, row_rstd, mask=live)
 
 
-@triton.jit(do_not_specialize=["seed", "site", "threshold", "rows"])
+@triton.jit(do_not_specialize=["seed", "site", "threshold", "rows", "chunk"])
 def _backward_kernel(
     dy, x, bias, residual, weight, mean, rstd, dx, dresidual, partial,
-    row_key, row_index, step, seed: tl.uint32, site: tl.uint32, threshold: tl.uint32, scale, rows,
-    WIDTH: tl.constexpr, EIGHTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    row_key, row_index, step, seed: tl.uint32, site: tl.uint32, threshold: tl.uint32, scale, rows, chunk,
+    WIDTH: tl.constexpr, EIGHTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """partial float32 [chunks, 3, WIDTH]: sums over a chunk of rows, of dbias, dweight and dshift."""
     block = tl.arange(0, BLOCK)[None, :]
@@ -170,8 +171,8 @@ def _backward_kernel(
     dbiases = zero_slices(ROWS, BLOCK)
     dweights = zero_slices(ROWS, BLOCK)
     dshifts = zero_slices(ROWS, BLOCK)
-    start_row = tl.program_id(0) * CHUNK
-    for first in range(start_row, tl.minimum(start_row + CHUNK, rows), ROWS):
+    start_row = tl.program_id(0) * chunk
+    for first in range(start_row, tl.minimum(start_row + chunk, rows), ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         live = row < rows
         start = row.to(tl.int64) * WIDTH
@@ -205,8 +206,6 @@ def _backward_kernel(
 
 _CHUNK = 16
 """Rows of one program in forward: enough for the vectors to be read rarely, few enough to fill a device."""
-_SUMMED = 32
-"""In backward, where every chunk leaves three rows of float32 sums behind."""
 
 
 def _forward_triton(
@@ -229,12 +228,13 @@ def _backward_triton(
     *inputs, rows, dropout = saved.values
     count, width = dy.shape
     layout = RowLayout.of(width)
-    sums = dy.new_empty((triton.cdiv(count, _SUMMED), 3, width), dtype=torch.float32)
+    chunk = summed_rows(count)
+    sums = dy.new_empty((triton.cdiv(count, chunk), 3, width), dtype=torch.float32)
     if count:
         same = dx.data_ptr() == dresidual.data_ptr()
         _backward_kernel[(len(sums),)](
-            dy, *inputs, dx, None if same else dresidual, sums, rows=count,
-            **triton_row_arguments(dropout, rows), **layout.constexprs, CHUNK=_SUMMED, num_warps=WARPS,
+            dy, *inputs, dx, None if same else dresidual, sums, rows=count, chunk=chunk,
+            **triton_row_arguments(dropout, rows), **layout.constexprs, num_warps=WARPS,
         )  # fmt: skip
     fold(sums, [dbias, dweight, dshift])
 
@@ -373,9 +373,9 @@ def variants() -> list[Variant]:
     launches: list[tuple[str, Any, dict[str, object]]] = [
         ("forward", _forward_kernel, {"CHUNK": _CHUNK}),
         ("forward, no dropout", _forward_kernel, {"CHUNK": _CHUNK, **NO_DROPOUT}),
-        ("backward", _backward_kernel, {"CHUNK": _SUMMED}),
-        ("backward, no dropout", _backward_kernel, {"CHUNK": _SUMMED, **NO_DROPOUT}),
-        ("backward, no dropout, one gradient", _backward_kernel, {"CHUNK": _SUMMED, **NO_DROPOUT, "dresidual": None}),
+        ("backward", _backward_kernel, {}),
+        ("backward, no dropout", _backward_kernel, NO_DROPOUT),
+        ("backward, no dropout, one gradient", _backward_kernel, {**NO_DROPOUT, "dresidual": None}),
     ]
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

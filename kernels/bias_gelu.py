@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from kernels.backends import choose
 from kernels.native_library import dtype_code, library, pointer
 from kernels.recorded import Recorded
-from kernels.row_slices import check_rows, fold, fold_variant, variant_of
+from kernels.row_slices import check_rows, fold, fold_variant, summed_rows, variant_of
 from kernels.variants import Variant
 
 # Triton
@@ -49,17 +49,16 @@ def _forward_kernel(x, bias, y, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
     tl.store(y + at, (z * _normal_cdf(z)).to(y.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "chunk"])
 def _backward_kernel(
-    dy, x, bias, dx, y, partial, rows,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    dy, x, bias, dx, y, partial, rows, chunk, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """partial float32 [chunks, WIDTH]: sums of dx over a chunk of rows. y: None where it is not wanted."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    start_row = tl.program_id(0) * CHUNK
-    for first in range(start_row, tl.minimum(start_row + CHUNK, rows), ROWS):
+    start_row = tl.program_id(0) * chunk
+    for first in range(start_row, tl.minimum(start_row + chunk, rows), ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         there = (row < rows) & (column < WIDTH)
         at = row.to(tl.int64) * WIDTH + column
@@ -80,8 +79,6 @@ def _backward_kernel(
 
 _ROWS, _MOST_COLUMNS = 8, 256
 """Of what a program holds at a time."""
-_CHUNK = 64
-"""Rows whose dx one program sums in backward."""
 _WARPS = 4
 
 
@@ -101,11 +98,12 @@ def _forward_triton(x: Tensor, bias: Tensor) -> Tensor:
 
 def _backward_triton(dy: Tensor, x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor, y: Tensor | None) -> None:
     rows, width = x.shape
-    sizes, chunks = _constexprs(width), triton.cdiv(rows, _CHUNK)
+    sizes, chunk = _constexprs(width), summed_rows(rows)
+    chunks = triton.cdiv(rows, chunk)
     sums = x.new_empty((chunks, 1, width), dtype=torch.float32)
     if rows:
         grid = (chunks, triton.cdiv(width, sizes["COLUMNS"]))
-        _backward_kernel[grid](dy, x, bias, dx, y, sums, rows, **sizes, CHUNK=_CHUNK, num_warps=_WARPS)
+        _backward_kernel[grid](dy, x, bias, dx, y, sums, rows, chunk, **sizes, num_warps=_WARPS)
     fold(sums, [dbias])
 
 
@@ -184,8 +182,8 @@ def variants() -> list[Variant]:
             sizes: dict[str, object] = dict(_constexprs(width))
             for name, kernel, constexprs in (
                 ("forward", _forward_kernel, {}),
-                ("backward", _backward_kernel, {"CHUNK": _CHUNK, "y": None}),
-                ("backward and y", _backward_kernel, {"CHUNK": _CHUNK}),
+                ("backward", _backward_kernel, {"y": None}),
+                ("backward and y", _backward_kernel, {}),
             ):
                 constants = {**sizes, **constexprs}
                 found.append(variant_of("bias_gelu", f"{name}, {width} wide", kernel, dtype, constants, _WARPS))

@@ -61,11 +61,13 @@ def _load_column(location_weight, i: tl.constexpr, block, WIDTH: tl.constexpr, E
 
 @triton.jit
 def _load_columns(location_weight, block, WIDTH: tl.constexpr, EIGHTH: tl.constexpr):
-    """Slices of all five columns."""
-    columns = ()
-    for i in tl.static_range(5):
-        columns = appended(columns, _load_column(location_weight, i, block, WIDTH, EIGHTH))
-    return columns
+    """Slices of all five columns. Spelled out: Triton 3.6 flattens a tuple of tuples that is appended to."""
+    columns0 = _load_column(location_weight, 0, block, WIDTH, EIGHTH)
+    columns1 = _load_column(location_weight, 1, block, WIDTH, EIGHTH)
+    columns2 = _load_column(location_weight, 2, block, WIDTH, EIGHTH)
+    columns3 = _load_column(location_weight, 3, block, WIDTH, EIGHTH)
+    columns4 = _load_column(location_weight, 4, block, WIDTH, EIGHTH)
+    return columns0, columns1, columns2, columns3, columns4
 
 
 @triton.jit

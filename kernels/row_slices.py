@@ -26,6 +26,8 @@ from kernels.variants import Variant
 WARPS = 8
 MOST_ROWS = 16
 """Held at a time by one program; every chunk of rows is a multiple of it."""
+_PROGRAMS = 128
+"""About as many as large GPUs have multiprocessors: so many chunks keep all of them busy in a backward."""
 FOLDED_COLUMNS, FOLDED_CHUNKS = 32, 32
 """Of one step of `fold_kernel`."""
 
@@ -164,6 +166,12 @@ class RowLayout(NamedTuple):
     def constexprs(self) -> dict[str, object]:
         """Of the kernel."""
         return {"WIDTH": self.width, "EIGHTH": self.eighth, "BLOCK": self.block, "ROWS": self.rows}
+
+
+def summed_rows(rows: int) -> int:
+    """How many rows make a chunk, of so many: few while that leaves multiprocessors without one, more where it does not, for
+    every chunk leaves float32 sums behind."""
+    return MOST_ROWS * max(1, -(-rows // (MOST_ROWS * _PROGRAMS)))
 
 
 def check_rows(op: str, rows: int, matrices: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:

@@ -44,7 +44,7 @@ class Recipe:
         """See `Provider`."""
         samples = self.setting.samples(row, turn)
         batch = pad(samples)
-        self._task, self._batch = row.name, _moved(batch, self.setting.device)
+        self._task, self._batch = row.name, moved(batch, self.setting.device)
         return Rows(padded_rows(batch), samples.real_rows)
 
     def step(self) -> Step:
@@ -92,7 +92,8 @@ def _moments(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
     return (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
-def _moved(batch: PaddedBatch, device: torch.device) -> PaddedBatch:
+def moved(batch: PaddedBatch, device: torch.device) -> PaddedBatch:
+    """The batch on the device."""
     moved = {name: value.to(device) for name, value in batch.inputs._asdict().items() if isinstance(value, Tensor)}
     inputs = PaddedInputs(**moved, task_token=batch.inputs.task_token)
     index = None if batch.choice_index is None else batch.choice_index.to(device)

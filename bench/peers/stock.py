@@ -14,10 +14,10 @@ from bench.provider import Setting
 
 def build(setting: Setting) -> Recipe:
     """The provider."""
-    return Recipe(setting, "stock", _optimizer, autocast=True)
+    return Recipe(setting, "stock", optimizer, autocast=True)
 
 
-def _optimizer(model: PaddedModel, base_lr: float, head_lr: float) -> torch.optim.AdamW:
+def optimizer(model: PaddedModel, base_lr: float, head_lr: float) -> torch.optim.AdamW:
     """Heads and the rest, decayed and not."""
     groups = []
     for head, decayed in product((False, True), repeat=2):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.bridge import Bridge
@@ -178,13 +179,19 @@ def _paired(batch: Batch, text: Tensor, image: Tensor, texts: Rows, images: Rows
         text_rows = replace(texts, item_key=key)
     else:
         text_rows, gather = texts.take(batch.pair_text, batch.pair_text_rows, key)
-        text = text.index_select(0, gather)
+        text = _gathered(text, gather)
     if batch.n_images == batch.n_pairs:
         image_rows = replace(images, item_key=key)
     else:
         image_rows, gather = images.take(batch.pair_image, batch.pair_image_rows, key)
-        image = image.index_select(0, gather)
+        image = _gathered(image, gather)
     return text, image, text_rows, image_rows
+
+
+def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], where rows repeat. Both ways compute the same; on a GPU the gradient of `index_select` adds repeats up in
+    whatever order they come and in x's dtype, that of `embedding` in sorted segments and in float32."""
+    return F.embedding(rows, x) if x.is_cuda else x.index_select(0, rows)
 
 
 def pair_key(text_key: Tensor, image_key: Tensor) -> Tensor:

@@ -119,4 +119,4 @@ def test_the_estimate_learns() -> None:
     estimate.learn("authors", row, 3 * guess)
     assert estimate.step_s("authors", row) == pytest.approx(3 * guess)
     assert replace(estimate, batch=8).step_s("authors", row) > 3 * guess
-    assert set(PROVIDERS) == set(SECONDS)
+    assert all(estimate.step_s(provider, row) > 0 for provider in PROVIDERS)

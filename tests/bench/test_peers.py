@@ -172,5 +172,5 @@ def test_parameter_groups() -> None:
         "by substring, as published"
     )
     assert (groups["vil_logit.weight"]["lr"], groups["vision_logit.weight"]["lr"]) == (1e-4, 1e-5)
-    grouped = [id(p) for group in stock._optimizer(model, 1e-5, 1e-4).param_groups for p in group["params"]]
+    grouped = [id(p) for group in stock.optimizer(model, 1e-5, 1e-4).param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(names)

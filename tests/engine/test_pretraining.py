@@ -122,7 +122,7 @@ def test_bias_correction_divides_the_moments_by_what_they_lack() -> None:
         v = s.betas[1] * v + (1 - s.betas[1]) * gradient.double() ** 2
         update = (m / (1 - s.betas[0] ** step)) / ((v / (1 - s.betas[1] ** step)).sqrt() + s.eps)
         value = value - lr * update
-        value = value - lr * unit.decay[0] * value
+        value = value - lr * s.weight_decay * unit.decays[0] * value
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-6, atol=1e-4 * lr)
 
 

@@ -16,6 +16,11 @@ from tests.kernels.oracle import DEVICE, normal
 HERE = ["torch", "native"] if DEVICE.type == "cpu" else ["torch", "triton"]
 """Those that the device has; on a CPU `tests/kernels/interpreted` runs the third."""
 
+REFUSED_ON_THE_CPU = pytest.mark.skipif(
+    DEVICE.type != "cpu",
+    reason="a GPU's host would have to wait for the labels to look at them; torch's own check ends the process",
+)
+
 
 def forced(backend: str) -> Iterator[str]:
     """For a fixture: all ops use this backend while the test runs; skipped where it cannot be had."""

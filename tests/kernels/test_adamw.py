@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.adamw import adamw, square_sum
 from tests.kernels.backends import HERE, bits_of, forced
-from tests.kernels.oracle import normal
+from tests.kernels.oracle import DEVICE, normal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
@@ -21,6 +21,11 @@ GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
 @pytest.fixture(params=HERE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
+
+
+def allowed(ulps: float, backend: str) -> float:
+    """On a GPU torch's fused AdamW forms 1 − β in float32, where 1 − 0.999 is off by 500 of its last places."""
+    return ulps * 100 if backend == "torch" and DEVICE.type != "cpu" else ulps
 
 
 class State(NamedTuple):
@@ -56,13 +61,18 @@ def closeness(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max() / torch.finfo(torch.float32).eps)
 
 
+def farthest(state: State, expected: Sequence[Tensor]) -> float:
+    """The largest closeness of master, exp_avg and exp_avg_sq."""
+    return max(closeness(found, right) for found, right in zip(state[:3], expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 7, 63, 64, 65, 1000, 70_001])
 def test_a_step_is_the_formula(n: int, dtype: torch.dtype, backend: str) -> None:
     state, gradient = State.of(n, dtype), normal(n).to(dtype)
     expected = formula(gradient, state, RULE)
     adamw(gradient, *state, **RULE, skipped=GO)
-    assert all(closeness(found, right) < 2 for found, right in zip(state[:3], expected, strict=True))
+    assert farthest(state, expected) < allowed(2, backend)
     assert state.weights is None or torch.equal(state.weights, state.master.to(dtype))
 
 
@@ -73,7 +83,7 @@ def test_other_rules(rule: dict[str, Any], backend: str) -> None:
     state, gradient = State.of(500, torch.float32), normal(500).float()
     expected = formula(gradient, state, rule)
     adamw(gradient, *state, **rule, skipped=GO)
-    assert all(closeness(found, right) < 4 for found, right in zip(state[:3], expected, strict=True))
+    assert farthest(state, expected) < allowed(4, backend)
 
 
 def test_a_run_stays_with_the_formula(backend: str) -> None:
@@ -84,7 +94,7 @@ def test_a_run_stays_with_the_formula(backend: str) -> None:
         gradient = normal(300, seed=10 + step).bfloat16()
         adamw(gradient, *state, **RULE, skipped=GO)
         exact = State._make([*formula(gradient, exact, RULE), None])
-    assert all(closeness(found, right) < 20 for found, right in zip(state[:3], exact[:3], strict=True))
+    assert farthest(state, exact[:3]) < allowed(20, backend)
     assert state.weights is not None and torch.equal(state.weights, state.master.bfloat16())
 
 

@@ -52,7 +52,7 @@ def dropped(x: Tensor, dropout: Dropout | None, key: int, row: int) -> Tensor:
         return x
     d, width = dropout, x.numel()
     keep = torch.from_numpy(keep_row(d.seed, int(d.step), d.site, d.p, key, row, width, row_tile(width)))
-    return x * keep * 65536 / (65536 - round(d.p * 65536))
+    return x * keep.to(x.device) * 65536 / (65536 - round(d.p * 65536))
 
 
 def oracle(

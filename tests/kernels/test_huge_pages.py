@@ -29,7 +29,7 @@ def test_moving_keeps_values() -> None:
 def test_only_whole_pages_within_the_tensor_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[tuple[int, int]] = []
     monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda first, size, advice: named.append((first, size)))
-    x = torch.empty(LARGE)
+    x = torch.empty(LARGE, device="cpu")
     huge_pages.move(x)
     huge_pages.move(x[: LARGE // 8])  # too small to be worth it
     huge_pages.move(x[::2])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import masked_rows
 from kernels.masked_lm_loss import masked_lm_loss, masked_lm_loss_torch
-from tests.kernels.backends import HERE, forced
+from tests.kernels.backends import HERE, REFUSED_ON_THE_CPU, forced
 from tests.kernels.losses import in_turn, largest_made, leaves_of, results
 from tests.kernels.oracle import check, drawn, gradients_are_right, normal
 
@@ -113,6 +113,7 @@ def test_the_same_bits_every_time(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, torch.autograd.grad(loss, list(leaves.values())), first[1:]))
 
 
+@REFUSED_ON_THE_CPU
 def test_labels_outside_of_the_vocabulary_are_refused() -> None:
     values = {name: value.float() for name, value in inputs(3, 9, 8).items()}
     for wrong in (9, -1):

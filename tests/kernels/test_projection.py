@@ -87,8 +87,10 @@ def test_products_against_float64(product: Product, width: int, depth: int) -> N
         assert ours.shape == truth.shape
         error, allowed = (ours - truth).square().mean().sqrt(), (plain - truth).square().mean().sqrt()
         assert error <= 2 * allowed + 1e-6, (rows, float(error), float(allowed))
-        # A result is rounded once, from float32 sums: half a unit of its own last place, and a little of the largest.
-        assert ((ours - truth).abs() <= 2**-8 * truth.abs() + 2**-12 * truth.abs().max()).all(), rows
+        # A result is rounded once, from float32 sums: half a unit of its own last place, and a little of the largest. cuBLAS
+        # may round a product before it adds to it.
+        largest = 2**-12 if DEVICE.type == "cpu" else 2**-8
+        assert ((ours - truth).abs() <= 2**-8 * truth.abs() + largest * truth.abs().max()).all(), rows
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)

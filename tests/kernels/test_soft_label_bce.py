@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.soft_label_bce import soft_label_bce, soft_label_bce_torch
-from tests.kernels.backends import HERE, forced
+from tests.kernels.backends import HERE, REFUSED_ON_THE_CPU, forced
 from tests.kernels.losses import leaves_of, results
 from tests.kernels.oracle import check, gradients_are_right, normal
 
@@ -131,6 +131,7 @@ def test_without_gradient() -> None:
     assert not plain[0].requires_grad and not plain[1].requires_grad and not recorded[1].requires_grad
 
 
+@REFUSED_ON_THE_CPU
 def test_labels_that_do_not_fit_are_refused() -> None:
     with pytest.raises(IndexError):
         soft_label_bce(torch.zeros(1, 3), **packed([[(3, 1.0)]]))

@@ -51,7 +51,7 @@ def test_philox_gives_the_known_answers(
     out = torch.zeros(4, dtype=torch.int32)
     item, row, block = (torch.tensor([part]) for part in counter[:3])
     _draw_kernel[(1,)](out, *key, item, row, block, counter[3])
-    assert tuple(out.numpy().view(np.uint32).tolist()) == expected
+    assert tuple(out.cpu().numpy().view(np.uint32).tolist()) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
