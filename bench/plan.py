@@ -6,7 +6,7 @@
 Counted: products, bytes, launches and what backward keeps, by running the engine's own step on tensors without memory
 (bench/plan_count.py), on batches of real lengths. A batch is examples of a step over all ranks. From a table: what GPUs
 have, and how much of it a step gets, each with its source (bench/hardware.yaml). Measured in the same run: the rates of
-this CPU. Nothing here has run on a GPU: those numbers are projections, and say so.
+this CPU. Those numbers are projections, and say so.
 
 Warnings: a rank does not fit, starves for data, waits for other ranks, or gets no examples.
 Exit codes: 0 done; 1 a check was off by more than 15 %, or its steps failed; 2 bad input.

@@ -1,4 +1,4 @@
-"""A GPU as `bench/hardware.yaml` describes it. Nothing of this project has run on one: what comes of it is a projection."""
+"""A GPU as `bench/hardware.yaml` describes it. What comes of it is a projection."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _TILE = 128
 """Rows and columns of a product that a multiprocessor has at a time."""
 _SPLIT = 512
 """Terms of a sum that are worth a block of its own, where a product has fewer tiles than the GPU multiprocessors."""
-_OPTIMIZER_LAUNCHES = 2
-"""A tensor: the gradient's square sum, the update."""
+_OPTIMIZER_LAUNCHES = 12
+"""Squares and update of trunk and head, whatever the number of tensors (`kernels.adamw_many`), and what decides to skip."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ class GpuRank:
         rounds = -(-tiles // g.multiprocessors)
         used = tiles / (rounds * g.multiprocessors)
         arithmetic = product.flops / (used * e.products.value * g.bf16_flops)
-        return max(arithmetic, product.bytes / (e.elementwise.value * g.bandwidth), e.kernel.value)
+        return max(
+            arithmetic, product.bytes / (e.adamw.value * g.bandwidth), e.kernel.value
+        )  # weights stream as AdamW's do
 
     def update(self, values: int, tensors: int) -> float:
         """See `Machine`."""
         e = self.efficiencies
         moved = values * UPDATE_BYTES["bfloat16"] / (e.adamw.value * self.gpu.bandwidth)
-        return max(moved, _OPTIMIZER_LAUNCHES * tensors * e.launch.value)
+        return max(moved, _OPTIMIZER_LAUNCHES * e.launch.value)
 
     def travel(self, sent: float, ranks: int, collectives: int, both_ways: bool) -> float:
         """Within nodes over NVLink, then between them each GPU's own share, as NCCL's rings over one adapter a GPU do."""

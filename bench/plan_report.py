@@ -13,7 +13,7 @@ from bench.plan_cost import STAGES, Layout, Machine, Step
 from bench.plan_hardware import Limits
 from bench.plan_memory import Memory
 
-PROJECTION = "projection: never run on a GPU"
+PROJECTION = "a projection, not a measurement"
 MEASURED = "from rates measured on this machine, in this run"
 _GB = 1e9
 

@@ -83,7 +83,7 @@ def _iteration(subject: Subject, number: int) -> None:
 
 
 def busy(subject: Subject, visit: Visit) -> float | None:
-    """Seconds that the GPU's kernels run in one step; None on a CPU. Never run on a GPU yet."""
+    """Seconds that the GPU's kernels run in one step; None on a CPU."""
     if subject.device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -93,7 +93,7 @@ def busy(subject: Subject, visit: Visit) -> float | None:
 
 def kernel_seconds(events: Iterable[Any]) -> float:
     """Of the profiler's events, those that are the device's own; its ranges lie over them and do not count."""
-    kernels = (one for one in events if one.device_type is DeviceType.CUDA and not one.is_user_annotation)
+    kernels = (one for one in events if one.device_type == DeviceType.CUDA and not one.is_user_annotation)
     return sum(one.time_range.elapsed_us() for one in kernels) / 1e6
 
 

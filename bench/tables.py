@@ -78,6 +78,44 @@ def speed(batch_16: Result, batch_4: Result) -> Lines:
     yield _row("working memory, largest task", *cells[0], *cells[1])
 
 
+_GPU_PEERS = ("authors", "stock", "stock_graphs")
+
+
+def gpu_speed(result: Result) -> Lines:
+    """The full model's step on a GPU (root README)."""
+    yield "| one GPU, batch 16 | ms a step | *authors* | *stock* | *stock*, recorded |"
+    yield "|---|---:|---:|---:|---:|"
+    ratios = {name: _ratios(task["seconds"]) for name, task in result["tasks"].items()}
+    for name in _SHOWN:
+        cells = (f"{ratios[name][peer]:.1f} ×" for peer in _GPU_PEERS)
+        yield _row(load_table().row(name).title, f"{1e3 * result['tasks'][name]['seconds']['ours']:.1f}", *cells)
+    means = (f"**{geometric_mean(of[peer] for of in ratios.values()):.1f} ×**" for peer in _GPU_PEERS)
+    yield _row(f"**{len(ratios)} tasks, geometric mean**", "", *means)
+
+
+def _ratios(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {peer: seconds[peer] / seconds["ours"] for peer in _GPU_PEERS}
+
+
+_FUSED = ("sdpa", "liger", "torch_fused")
+"""What others fused, by preference."""
+
+
+def gpu_kernels(result: Result) -> Lines:
+    """Every op on a GPU, forward and backward, beside what could be recorded as well (bench/README.md)."""
+    yield "| op, bfloat16, forward and backward | µs | of the ceiling | torch takes | others' fused one takes |"
+    yield "|---|---:|---:|---:|---:|"
+    rows = [row for row in result["rows"] if row["mode"] in ("both", "step")]
+    for case in dict.fromkeys((row["op"], row["shape"]) for row in rows):
+        found = {row["provider"]: row for row in rows if (row["op"], row["shape"]) == case and row["recorded"]}
+        ours, fused = found["triton"], next((name for name in _FUSED if name in found), "")
+        times = {name: f"{row['median_us'] / ours['median_us']:.1f} ×" for name, row in found.items()}
+        other = f"{times[fused]} ({fused})" if fused else ""
+        yield _row(
+            f"`{case[0]}`, {case[1]}", f"{ours['median_us']:.0f}", f"{ours['share']:.0%}", times.get("torch", ""), other
+        )
+
+
 def blind(result: Result) -> Lines:
     """What is learned, and by looking (root README)."""
     yield from blind_table([Comparison(**task) for task in result["tasks"]], len(result["seeds"])).splitlines()
@@ -152,9 +190,11 @@ def _ahead(results: Results, of: str, against: str) -> Estimate | None:
 
 TABLES = (
     Shown("README.md", ("iterations_batch_16.json", "iterations_batch_4.json"), speed),
+    Shown("README.md", ("gpu/iterations.json",), gpu_speed),
     Shown("README.md", ("blind.json",), blind),
     Shown("README.md", ("experiments_tiny.json", "experiments_tiny_pretrained.json"), experiments),
     Shown("bench/README.md", ("plan.json", "plan_ranks.json"), plan),
+    Shown("bench/README.md", ("gpu/kernels.json",), gpu_kernels),
     Shown("bench/README.md", ("profile.json",), profile),
     Shown("bench/README.md", ("retrieval.json",), retrieval),
     Shown("bench/README.md", (), lambda: iter(standing.table(RESULTS).splitlines())),
