@@ -201,6 +201,7 @@ def _records_steps(
         refuse_without_gpu(device)
         _refuse_without_buckets(rows)
         _refuse_divided(rows, stage)
+        _refuse_in_pieces(config)
     except BadInput as error:
         if config.cuda_graphs != "auto":
             raise
@@ -221,6 +222,12 @@ def _refuse_divided(rows: tuple[TaskRow, ...], stage: int) -> None:
         if row.accumulation > 1:
             what = f"{row.name} has accumulation {row.accumulation}, and a graph holds a whole batch"
             raise BadInput("cuda_graphs", what, "cuda_graphs: false")
+
+
+def _refuse_in_pieces(config: RunConfig) -> None:
+    if config.data_path == "dali":
+        what = "data_path: dali makes features on the device, apart from the piece of memory that a graph reads its batch from"
+        raise BadInput("cuda_graphs", what, "data_path: plain, or cuda_graphs: false")
 
 
 def _refuse_without_buckets(rows: tuple[TaskRow, ...]) -> None:

@@ -8,7 +8,7 @@ gradients, one gather a step, whatever the number of heads.
 weights (the word table). The whole model is 268 M parameters, gathered at once in under 0.6 GB of bfloat16. An anchor, an input
 that has a gradient, makes DeepSpeed take the leaf's gradients when backward is over.
 
-**Recorded steps** (`engine.graphs`) are for stage 0: there DeepSpeed has no hooks in backward, and gradients are reduced after it.
+**Recorded steps** (`engine.graphs`) are for stage 0, where DeepSpeed has no hooks in backward: gradients are reduced after it.
 
 **fp16 and several GPUs have never run here**: DeepSpeed refuses fp16 on this kind of CPU. One rank on an H100 takes the golden
 trajectory at every stage.

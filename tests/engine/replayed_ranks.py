@@ -29,7 +29,9 @@ STEPS = 4
 
 def trained(data: Path, ranks: Ranks, recorded: bool) -> tuple[Parts, list[Tensor]]:
     """A few steps of every task, each batch twice; losses and norms of them all."""
-    parts = assemble(configure(data, "deepspeed=zero0", "precision=bfloat16", "kernels=torch"), ranks=ranks)
+    parts = assemble(
+        configure(data, "device=cpu", "deepspeed=zero0", "precision=bfloat16", "kernels=torch"), ranks=ranks
+    )
     stepper, found = parts.stepper, []
     assert isinstance(stepper, Sharded)
     if recorded:

@@ -230,7 +230,7 @@ def test_two_ranks_replay_what_they_would_compute(tmp_path: Path) -> None:
 
 def test_zero_and_graphs_are_refused_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "refuse_without_gpu", lambda device: None)
-    with pytest.raises(BadInput, match="cuda_graphs: ZeRO stage 1 reduces gradients .* deepspeed: zero0"):
+    with pytest.raises(BadInput, match="cuda_graphs: ZeRO stage 1 reduces gradients .*deepspeed: zero0"):
         assemble(configure(tmp_path, "cuda_graphs=true", "device=cpu", "deepspeed=zero1"))
 
 
@@ -247,3 +247,13 @@ def test_steps_are_recorded_wherever_they_can_be(
     assert assembly._records_steps(config, rows, torch.device(device), stage, said.append) is recorded
     assert len(said) == (stage > 0)
     assert not said or "deepspeed: zero0" in said[0]
+
+
+def test_batches_in_pieces_are_not_recorded(tmp_path: Path) -> None:
+    said = list[str]()
+    config = configure(tmp_path, "data_path=dali")
+    assert not assembly._records_steps(config, load_tasks(config)[1], torch.device("cuda"), 0, said.append)
+    assert len(said) == 1 and "data_path: plain" in said[0]
+    config = configure(tmp_path, "data_path=dali", "cuda_graphs=true")
+    with pytest.raises(BadInput, match="data_path: plain"):
+        assembly._records_steps(config, load_tasks(config)[1], torch.device("cuda"), 0, said.append)
