@@ -90,9 +90,16 @@ class TaskResult:
 
 
 def compare(
-    setting: Setting, rows: Sequence[TaskRow], peers: Sequence[str], turns: Sequence[int], estimate: Estimate, say: Say
+    setting: Setting,
+    rows: Sequence[TaskRow],
+    peers: Sequence[str],
+    turns: Sequence[int],
+    estimate: Estimate,
+    say: Say,
+    keep: Callable[[list[TaskResult]], None] = lambda results: None,
 ) -> tuple[list[TaskResult], dict[str, dict[str, Any]]]:
-    """Results by task, and what each provider says of itself. `turns`: which batch each round has.
+    """Results by task, and what each provider says of itself. `turns`: which batch each round has. `keep` is given what there
+    is after every task: whoever runs out of time has that.
 
     Raises WorkerFailed, and ValueError for a loss that is not finite.
     """
@@ -103,6 +110,7 @@ def compare(
         for place, row in enumerate(rows):
             result = _task(workers, row, setting, turns, estimate)
             results.append(result)
+            keep(results)
             left = sum(estimate.task_s(later, names, len(turns)) for later in rows[place + 1 :])
             say(f"[{place + 1:2}/{len(rows)}] {_line(result)}; {duration(left)} left")
         described = {worker.name: worker.ask("describe") for worker in workers}

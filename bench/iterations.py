@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench import comparison_report, lengths, published_run, records, run_batches
-from bench.comparison import compare, duration
+from bench.comparison import TaskResult, compare, duration
 from bench.estimate import OURS, START_S, Estimate, gemm_rates
 from bench.memory import total_bytes
 from bench.provider import Setting
@@ -37,6 +37,7 @@ from engine import assembly
 from engine.config import RunConfig, load
 from engine.tasks import TaskRow, load_table
 from pipelines.errors import BadInput
+from pipelines.files import write_atomic
 
 PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
 PEERS = [name for name in PROVIDERS if name != OURS]
@@ -55,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         records.append(arguments.csv, form.rows(result), conditions_of_rows)
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            _write(arguments.json, result)
         if arguments.plot:
             arguments.plot.parent.mkdir(parents=True, exist_ok=True)
             comparison_report.plot(result, arguments.plot)
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="bf16", help="of ours (%(default)s); peers have their own"
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="measure this run's own batches, without peers")
-    parser.add_argument("--json", type=Path, metavar="F", help="write all that was measured here, conditions included")
+    parser.add_argument("--json", type=Path, metavar="F", help="write all that was measured here, after every task")
     parser.add_argument(
         "--csv",
         type=Path,
@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the run, as for engine.train: device=cuda, kernels=torch, …",
     )
     return parser
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _own_batches(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +148,12 @@ def _comparison(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     around, started, load_before = conditions(setting.device), time.perf_counter(), os.getloadavg()[0]
     turns = [0] * arguments.rounds if arguments.same_batch else range(1, 1 + arguments.rounds)
-    results, described = compare(setting, rows, peers, turns, estimate, _say)
+
+    def keep(results: list[TaskResult]) -> None:
+        if arguments.json:
+            _write(arguments.json, comparison_report.as_json(results, {}, around))
+
+    results, described = compare(setting, rows, peers, turns, estimate, _say, keep)
     about = {
         **around,
         "model": arguments.model,

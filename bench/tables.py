@@ -85,16 +85,12 @@ def gpu_speed(result: Result) -> Lines:
     """The full model's step on a GPU (root README)."""
     yield "| one GPU, batch 16 | ms a step | *authors* | *stock* | *stock*, recorded |"
     yield "|---|---:|---:|---:|---:|"
-    ratios = {name: _ratios(task["seconds"]) for name, task in result["tasks"].items()}
+    tasks = result["tasks"]
     for name in _SHOWN:
-        cells = (f"{ratios[name][peer]:.1f} ×" for peer in _GPU_PEERS)
-        yield _row(load_table().row(name).title, f"{1e3 * result['tasks'][name]['seconds']['ours']:.1f}", *cells)
-    means = (f"**{geometric_mean(of[peer] for of in ratios.values()):.1f} ×**" for peer in _GPU_PEERS)
-    yield _row(f"**{len(ratios)} tasks, geometric mean**", "", *means)
-
-
-def _ratios(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {peer: seconds[peer] / seconds["ours"] for peer in _GPU_PEERS}
+        cells = (f"{tasks[name]['ratio'][peer]:.1f} ×" for peer in _GPU_PEERS)
+        yield _row(load_table().row(name).title, f"{1e3 / tasks[name]['iterations_per_s']:.1f}", *cells)
+    means = (geometric_mean(task["ratio"][peer] for task in tasks.values()) for peer in _GPU_PEERS)
+    yield _row(f"**{len(tasks)} tasks, geometric mean**", "", *(f"**{mean:.1f} ×**" for mean in means))
 
 
 _FUSED = ("sdpa", "liger", "torch_fused")

@@ -120,3 +120,16 @@ def test_the_estimate_learns() -> None:
     assert estimate.step_s("authors", row) == pytest.approx(3 * guess)
     assert replace(estimate, batch=8).step_s("authors", row) > 3 * guess
     assert all(estimate.step_s(provider, row) > 0 for provider in PROVIDERS)
+
+
+def test_what_there_is_is_kept_after_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs out of time in the second task has the first."""
+    kept: list[list[str]] = []
+    monkeypatch.setattr(comparison, "Worker", Scribe)
+    monkeypatch.setattr(comparison, "available_bytes", lambda device: ENOUGH)
+    rows, told = [load_table().row(name) for name in ("vqa", "gqa")], setting()
+    estimate = Estimate(told.run.model, torch.bfloat16, 2, {torch.float32: 1e9, torch.bfloat16: 1e9}, load())
+    compare(
+        told, rows, [], [1], estimate, lambda line: None, lambda found: kept.append([one.row.name for one in found])
+    )
+    assert kept == [["vqa"], ["vqa", "gqa"]]
