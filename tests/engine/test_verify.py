@@ -93,3 +93,9 @@ def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_folder_without_numbers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--golden", str(tmp_path)]) == 2
     assert "meta.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--golden", str(tmp_path), "--device", "cuda"]) == 2
+    assert "--device: cuda asked for, but torch sees no GPU (--device cpu)" in capsys.readouterr().err
