@@ -197,8 +197,6 @@ class Together:
         if table is None:
             if any(x.data_ptr() % _ALIGNED or not x.is_contiguous() for x in tensors):
                 return None
-            if any(gradient.dtype is not first.dtype for gradient in gradients):
-                return None
             if len(self._tables) >= _TABLES:
                 self._tables.popitem(last=False)
             table = self._tables[where] = self._new_table(gradients)
@@ -206,12 +204,16 @@ class Together:
         return table
 
     def _new_table(self, gradients: Sequence[Tensor]) -> _Table:
-        """ValueError for gradients of other sizes than the parameters."""
+        """ValueError for what does not fit: the kernels read and write through bare addresses."""
         rows, owners = [], []
         for i, (gradient, (*state, weights)) in enumerate(zip(gradients, self._states, strict=True)):
             n = gradient.numel()
-            if any(x.numel() != n for x in (*state, weights) if x is not None):
-                raise ValueError(f"adamw: parameter {i} has {state[0].numel()} values, its gradient {n}")
+            wanted = [(n, torch.float32)] * 3 + [(n, gradients[0].dtype)] * 2
+            found = [(x.numel(), x.dtype) for x in (*state, gradient, gradient if weights is None else weights)]
+            if found != wanted:
+                raise ValueError(
+                    f"adamw: parameter {i} is {found}, wanted {wanted} (master, moments, gradient, weights)"
+                )
             rounded = weights.data_ptr() if weights is not None else 0
             rows.append([gradient.data_ptr(), *(x.data_ptr() for x in state), rounded, n])
             owners.append(torch.stack((torch.full((-(-n // _CHUNK),), i), torch.arange(-(-n // _CHUNK))), 1))

@@ -105,6 +105,7 @@ def test_memory_that_came_anew_is_found(backend: str) -> None:
     assert all(torch.equal(master, state.master) for master, state in zip(before, ours, strict=True))
 
 
-def test_gradients_of_another_size_are_refused() -> None:
+@pytest.mark.parametrize("wrong", [gradients(torch.float32)[::-1], gradients(torch.float16)], ids=["sizes", "dtype"])
+def test_gradients_that_do_not_fit_are_refused(wrong: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="adamw"):
-        together(states_of(torch.float32)).step(gradients(torch.float32)[::-1], **RULE, skipped=GO)
+        together(states_of(torch.bfloat16)).step(wrong, **RULE, skipped=GO)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.kernels.backends import forced
 from tests.kernels.test_adamw_many import (
-    test_gradients_of_another_size_are_refused,
+    test_gradients_that_do_not_fit_are_refused,
     test_nothing_changes_where_the_step_is_skipped,
     test_the_sum_of_squares,
     test_the_sum_of_squares_shows_what_is_not_finite,
@@ -17,7 +17,7 @@ from tests.kernels.test_adamw_many import (
 )
 
 __all__ = [
-    "test_gradients_of_another_size_are_refused",
+    "test_gradients_that_do_not_fit_are_refused",
     "test_nothing_changes_where_the_step_is_skipped",
     "test_the_sum_of_squares",
     "test_the_sum_of_squares_shows_what_is_not_finite",
