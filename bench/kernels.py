@@ -138,7 +138,7 @@ def _write(arguments: argparse.Namespace, rows: list[Row], skipped: list[Skipped
         ops = dict.fromkeys(f"{s.op} {s.dtype}" for s in skipped if (s.provider, s.reason) == reason)
         print(f"not measured: {reason[0]} ({reason[1]}): {', '.join(ops)}")
     launched = {f"{row.provider} of {row.op} ({row.mode})" for row in rows if not row.recorded}
-    if where["device"].startswith("NVIDIA"):
+    if torch.device(arguments.device).type == "cuda":
         print("times are of recorded calls (CUDA graphs): without the host's launching"
               + (f"; but {', '.join(sorted(launched))}" if launched else ""))  # fmt: skip
     if arguments.json:

@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="F", help="write everything here")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the run: precision=…, cuda_graphs=true, …"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of the run: precision=…, cuda_graphs=true (auto is projected without), …",
     )
     return parser
 

@@ -63,9 +63,8 @@ class GpuRank:
         rounds = -(-tiles // g.multiprocessors)
         used = tiles / (rounds * g.multiprocessors)
         arithmetic = product.flops / (used * e.products.value * g.bf16_flops)
-        return max(
-            arithmetic, product.bytes / (e.adamw.value * g.bandwidth), e.kernel.value
-        )  # weights stream as AdamW's do
+        moved = product.bytes / (e.adamw.value * g.bandwidth)  # weights stream as AdamW's state does
+        return max(arithmetic, moved, e.kernel.value)
 
     def update(self, values: int, tensors: int) -> float:
         """See `Machine`."""

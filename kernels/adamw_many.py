@@ -142,6 +142,7 @@ class Together:
         self._tables: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
         self._rounded = any(weight is not None for weight in weights)
         self._fits = all((weight is not None) == self._rounded for weight in weights)
+        self._chunks: tuple[Tensor, Tensor] | None = None
 
     def step(
         self,
@@ -205,7 +206,7 @@ class Together:
 
     def _new_table(self, gradients: Sequence[Tensor]) -> _Table:
         """ValueError for what does not fit: the kernels read and write through bare addresses."""
-        rows, owners = [], []
+        rows = []
         for i, (gradient, (*state, weights)) in enumerate(zip(gradients, self._states, strict=True)):
             n = gradient.numel()
             wanted = [(n, torch.float32)] * 3 + [(n, gradients[0].dtype)] * 2
@@ -216,13 +217,20 @@ class Together:
                 )
             rounded = weights.data_ptr() if weights is not None else 0
             rows.append([gradient.data_ptr(), *(x.data_ptr() for x in state), rounded, n])
-            owners.append(torch.stack((torch.full((-(-n // _CHUNK),), i), torch.arange(-(-n // _CHUNK))), 1))
         device = gradients[0].device
-        return _Table(
-            torch.tensor(rows, dtype=torch.int64).to(device),
-            torch.cat(owners).to(device, torch.int32),
-            torch.tensor(self._decays, dtype=torch.int32).to(device),
-        )
+        if self._chunks is None:
+            self._chunks = self._divided([row[-1] for row in rows], device)
+        # Page-locked, so that a step whose gradients lie elsewhere does not wait for the device.
+        addresses = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        return _Table(addresses.to(device, non_blocking=True), *self._chunks)
+
+    def _divided(self, sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(owners, decays) of `_adamw_kernel`: they follow from the sizes alone."""
+        chunks = torch.tensor([-(-n // _CHUNK) for n in sizes], device="cpu")
+        owners = torch.arange(len(sizes), device="cpu").repeat_interleave(chunks)
+        places = torch.cat([torch.arange(int(n), device="cpu") for n in chunks])
+        decays = torch.tensor(self._decays, dtype=torch.int32, device="cpu")
+        return torch.stack((owners, places), 1).to(device, torch.int32), decays.to(device)
 
 
 def variants() -> list[Variant]:
